@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ST-MoE prefetch engine: an RTL generator in Amaranth."""
