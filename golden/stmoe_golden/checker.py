@@ -1,0 +1,868 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Holds the RTL to the golden model, event by event and counter by counter.
+
+The checker is given what monitors saw on the harness's own buses (tokens, routes, releases, grants
+and AXI handshakes, each with its cycle) and the records of the engine's event port. It runs the
+golden decisions on the monitors' inputs. A record says *when* the engine did something; *what* it
+must have been is decided here, and every field has to agree. What the engine ought to have done
+and did not is found too: after a quiet spell, and at the end, nothing may be left that the design
+says it would do.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .buffer import Lane, admits, new_buffer, victim
+from .config import FRACTION_BITS, NUM_SEGMENTS, EngineConfig
+from .predictor import Predictor
+
+__all__ = ["Checker", "Kind", "Mismatch", "Record", "Segment", "Settings", "burst_plan"]
+
+
+class Kind(IntEnum):
+    """Kinds of record; the numbers are those of the RTL's ``EventKind``."""
+
+    TOKEN = 1
+    ROUTE = 2
+    SCORE_COMMIT = 3
+    SELECT = 4
+    LOAD_START = 5
+    BURST = 6
+    LAST_BEAT = 7
+    FILL_DONE = 8
+    GRANT = 9
+    RELEASE = 10
+    CANCEL = 11
+    DRAINED = 12
+    PROMOTE = 13
+    DROP = 14
+    RETRY = 15
+    ERROR = 16
+    WATCHDOG = 17
+    REGISTER_COMMIT = 18
+    THRESHOLD = 19
+    ILLEGAL = 20
+
+
+BESIDE = {Kind.SELECT, Kind.BURST, Kind.LAST_BEAT, Kind.GRANT, Kind.RETRY}
+"""Kinds that happen beside the slot manager's operations."""
+
+
+class Record(NamedTuple):
+    """One record of the event port."""
+
+    cycle: int
+    kind: int
+    context: int
+    layer: int
+    expert: int
+    slot: int
+    flag: int
+    data: int
+
+    def __str__(self) -> str:
+        try:
+            name = Kind(self.kind).name
+        except ValueError:
+            name = f"kind {self.kind}"
+        return (
+            f"{name} cycle={self.cycle} layer={self.layer} expert={self.expert} "
+            f"slot={self.slot} flag={self.flag} data={self.data:#x}"
+        )
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Where one part of a layer's experts lies: ``base + expert * stride``, ``beats`` long."""
+
+    base: int
+    stride: int
+    beats: int
+
+
+@dataclass
+class Settings:
+    """What the registers hold; a register commit makes the next of these active."""
+
+    threshold: int
+    """Quarter units."""
+    quota: list[int]
+    prefetching: bool = True
+    learning: bool = True
+    ordered: bool = True
+
+
+@dataclass
+class Transfer:
+    """A load in flight."""
+
+    index: int
+    layer: int
+    expert: int
+    slot: int
+    prefetch: bool
+    since: int
+    plan: list[tuple[int, int]]
+    """(address, beats) of every burst."""
+    issued: int = 0
+    owed: deque[int] = field(default_factory=deque)
+    """Beats of the bursts that are on their way, and whether they are the prefetch kind."""
+    promised: int = 0
+    cancelled: bool = False
+    failed: bool = False
+    retries: int = 0
+    ended: Kind | None = None
+    last_cycle: int = -1
+
+
+class Mismatch(Exception):
+    """The RTL and the golden model disagree; the text says where and how."""
+
+
+def burst_plan(
+    segments: Iterable[Segment], expert: int, beat_bytes: int, max_burst: int
+) -> list[tuple[int, int]]:
+    """(address, beats) of every burst of an expert: INCR, never across 4 KiB."""
+    plan = []
+    for segment in segments:
+        address, left = segment.base + expert * segment.stride, segment.beats
+        while left:
+            beats = min(left, max_burst, (4096 - address % 4096) // beat_bytes)
+            plan.append((address, beats))
+            address += beats * beat_bytes
+            left -= beats
+    return plan
+
+
+class Checker:
+    """Golden model in lockstep with the engine's records.
+
+    Parameters
+    ----------
+    config : EngineConfig
+    segments : list [L] of list of :class:`Segment`
+        As programmed into the engine.
+    settings : list of :class:`Settings`
+        Those of reset first, then one for each register commit, in order.
+    tokens, routes, releases, grants, addresses, last_beats : iterables
+        The monitors' handshakes: ``(cycle, new_sequence, token_id)``, ``(cycle, layer, experts)``,
+        ``(cycle, slot)``, ``(cycle, layer, expert, slot, error)``, ``(cycle, id, address, beats)``,
+        ``(cycle, id, resp)``.
+    """
+
+    HISTORY = 24
+    """Records that a mismatch report shows."""
+    DEMAND_LEAD = 6
+    """Cycles that a demand's first address may take to be ready; until then a prefetch may still
+    be presented."""
+    END_LAG = 4
+    """Cycles from a transfer's last beat on the bus to its end inside the engine."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        segments: list[list[Segment]],
+        settings: list[Settings],
+        tokens: Iterable[tuple[int, int, int]] = (),
+        routes: Iterable[tuple[int, int, Sequence[int]]] = (),
+        releases: Iterable[tuple[int, int]] = (),
+        grants: Iterable[tuple[int, int, int, int, int]] = (),
+        addresses: Iterable[tuple[int, int, int, int]] = (),
+        last_beats: Iterable[tuple[int, int, int]] = (),
+        counters: Iterable[str] = (),
+    ):
+        self.config = config
+        self.segments = segments
+        self.settings = deque(settings)
+        self.active = self.settings.popleft()
+        self.inputs: dict[str, Iterator[Any]] = {
+            "token": iter(tokens),
+            "route": iter(routes),
+            "release": iter(releases),
+            "grant": iter(grants),
+            "AR": iter(addresses),
+            "R": iter(last_beats),
+        }
+        self.predictor = Predictor(
+            config, learning=self.active.learning, ordered=self.active.ordered
+        )
+        self.buffer = new_buffer(config)
+        self.buffer.quota[:] = self.active.quota
+        self.free = deque(range(config.num_slots))
+        self.pins = [0] * config.num_slots
+        self.occupant: list[tuple[int, int] | None] = [None] * config.num_slots
+        self.quarantined: set[int] = set()
+        self.transfers: dict[int, Transfer] = {}
+        self.started: list[Transfer] = []
+        self.demand_order: list[Transfer] = []
+        self.ended: deque[Transfer] = deque()
+        self.queue: deque[int] = deque()
+        self.queue_layer = 0
+        self.picks: deque[int] = deque()
+        self.grants: deque[tuple[int, int, int, int]] = deque()
+        self.work: deque[tuple[int, bool | None, np.ndarray | None]] = deque()
+        self.pending: deque[int] = deque()
+        self.promotes: deque[int] = deque()
+        self.disproved: set[int] = set()
+        self.latest = config.num_layers - 1
+        self.current_set = np.zeros(config.num_experts, np.bool_)
+        self.expected_layer = 0
+        self.token_taken = False
+        self.threshold_due = False
+        self.counters = {name: 0 for name in counters}
+        self.recent: deque[Record] = deque(maxlen=self.HISTORY)
+        self.last_operation = 0
+        self.checked = 0
+        self.quiet_limit = 96 + 16 * config.num_layers + 2 * config.num_experts
+        self.mirror = np.zeros_like(self.buffer.lane)
+        self.handlers = {kind: getattr(self, f"_{kind.name.lower()}") for kind in Kind}
+
+    # Driving --------------------------------------------------------------------------------
+
+    def run(self, records: Iterable[tuple[int, ...]]) -> int:
+        """Check every record, then that nothing is left; returns how many were checked.
+
+        Raises
+        ------
+        Mismatch
+            At the first disagreement.
+        """
+        cycle = 0
+        for fields in records:
+            record = Record(*fields)
+            self.recent.append(record)
+            if record.cycle < cycle:
+                self.fail(record, f"its cycle is before the one of the record before it, {cycle}")
+            cycle = record.cycle
+            self.check(record)
+            self.checked += 1
+        self.finish(cycle)
+        return self.checked
+
+    def check(self, record: Record) -> None:
+        """Check one record and apply what the golden model decides."""
+        handler = self.handlers.get(record.kind)
+        if handler is None:
+            self.fail(record, "no such kind of record")
+            return
+        if record.kind not in BESIDE:
+            if self.promotes and record.kind not in (Kind.PROMOTE, Kind.LOAD_START):
+                self.fail(record, f"PROMOTE of expert {self.promotes[0]} must come first")
+            if self.threshold_due and record.kind != Kind.THRESHOLD:
+                self.fail(record, "THRESHOLD must follow its REGISTER_COMMIT")
+        if record.cycle - self.last_operation > self.quiet_limit:
+            self.must_be_quiet(record)
+            self.last_operation = record.cycle
+        handler(record)
+        if record.kind not in BESIDE:
+            self.last_operation = record.cycle
+
+    def finish(self, cycle: int) -> None:
+        """Everything the monitors saw was accounted for, and nothing is left to do."""
+        last = self.recent[-1] if self.recent else Record(cycle, 0, 0, 0, 0, 0, 0, 0)
+        if not self.recent:
+            self.fail(last, "the event log is empty")
+        self.must_be_quiet(last)
+        for name, items in self.inputs.items():
+            left = next(items, None)
+            if left is not None:
+                self.fail(last, f"a {name} handshake has no record: {left}")
+        for what, left in (
+            ("selection", self.picks),
+            ("grant", self.grants),
+            ("score commit", self.work),
+            ("promotion", self.promotes),
+            ("demand without a slot", self.pending),
+            ("completion", self.ended),
+            ("transfer", self.transfers),
+        ):
+            if left:
+                self.fail(last, f"the run ended with a {what} outstanding: {left}")
+
+    def must_be_quiet(self, record: Record) -> None:
+        """After a quiet spell: is there anything the engine ought to have done?"""
+        since = f"since cycle {self.last_operation}"
+        if self.ended and not self.ended[0].ended == Kind.RETRY:
+            self.fail(record, f"{since} no {self.ended[0].ended} of transfer {self.ended[0]}")
+        if self.work:
+            self.fail(record, f"{since} no SCORE_COMMIT for {self.work[0]}")
+        waiting = [e for e in self.disproved if not self.transfer_of(self.latest, e).ended]
+        if waiting:
+            self.fail(record, f"{since} disproved experts {sorted(waiting)} were not cancelled")
+        room = len(self.transfers) < self.config.transfers
+        if self.pending and room and (self.free or self.find_victim(self.latest, True)[0] >= 0):
+            self.fail(record, f"{since} no LOAD_START for demanded expert {self.pending[0]}")
+        if self.queue and room and self.prefetch_may_start() and not self.picks:
+            layer, expert = self.find_victim(self.queue_layer, False)
+            if self.free or layer >= 0:
+                self.fail(
+                    record,
+                    f"{since} no LOAD_START or DROP for selected expert {self.queue[0]} of layer "
+                    f"{self.queue_layer} (victim would be {expert} of layer {layer})",
+                )
+        idle = not any(t.owed for t in self.transfers.values())
+        unissued = [t for t in self.transfers.values() if self.has_bursts(t)]
+        if idle and unissued:
+            self.fail(record, f"{since} no BURST although the link is idle: {unissued[0]}")
+
+    def fail(self, record: Record, why: str) -> None:
+        """Raise :class:`Mismatch` with both sides' state of the record's layer."""
+        b, s = self.buffer, self.predictor.state
+        layer = record.layer if record.layer < self.config.num_layers else 0
+        if record.kind in (Kind.BURST, Kind.LAST_BEAT, Kind.RETRY):
+            transfer = self.transfers.get(record.expert)
+            layer = transfer.layer if transfer else layer
+        names = {state: state.name.lower() for state in Lane}
+        lines = [
+            f"MISMATCH at cycle {record.cycle}, record {self.checked}: {record}",
+            f"  golden: {why}",
+            f"  look at cycle {record.cycle} in the wave; layer {layer} is:",
+            "  expert  golden            RTL (its events)  slot  score (quarters)  use",
+        ]
+        for e in range(self.config.num_experts):
+            golden, rtl = Lane(b.lane[layer, e]), Lane(self.mirror[layer, e])
+            if golden or rtl or s.score[layer, e] >= self.active.threshold:
+                lines.append(
+                    f"  {e:6}  {names[golden]:16}  {names[rtl]:16}  {b.slot[layer, e]:4}  "
+                    f"{s.score[layer, e]:16}  {s.use[layer, e]}"
+                )
+        lines += [
+            f"  quota {b.quota[layer]}, held {b.held[layer]}, free slots {len(self.free)}, latest "
+            f"layer {self.latest}, current set {np.flatnonzero(self.current_set).tolist()}",
+            f"  pending {list(self.pending)}, queue {list(self.queue)} of layer "
+            f"{self.queue_layer}, disproved {sorted(self.disproved)}",
+            "  last records:",
+            *(f"    {r}" for r in self.recent),
+        ]
+        raise Mismatch("\n".join(lines))
+
+    def expect(self, record: Record, **fields: int) -> None:
+        """Every field of the record must be as given, those not given 0."""
+        wanted = Record(
+            record.cycle,
+            record.kind,
+            0,
+            *(fields.get(name, 0) for name in ("layer", "expert", "slot", "flag", "data")),
+        )
+        if record != wanted:
+            self.fail(record, f"expected {wanted}")
+
+    def handshake(self, record: Record, name: str) -> tuple[Any, ...]:
+        """The monitor's next handshake on a bus, which must be in the record's cycle."""
+        item = next(self.inputs[name], None)
+        if item is None:
+            self.fail(record, f"the monitor saw no such {name} handshake")
+        assert item is not None
+        if item[0] != record.cycle:
+            self.fail(record, f"the monitor's next {name} handshake is in cycle {item[0]}: {item}")
+        return item
+
+    def count(self, name: str, amount: int = 1) -> None:
+        """Golden counter."""
+        self.counters[name] = self.counters.get(name, 0) + amount
+
+    # What the golden model decides ------------------------------------------------------------
+
+    def transfer_of(self, layer: int, expert: int) -> Transfer:
+        """The transfer that loads an expert."""
+        for t in self.transfers.values():
+            if (t.layer, t.expert, t.cancelled) == (layer, expert, False):
+                return t
+        raise KeyError((layer, expert))
+
+    def find_victim(self, load_layer: int, demand: bool) -> tuple[int, int]:
+        """Golden victim choice in the present state."""
+        s = self.predictor.state
+        return victim(
+            self.buffer,
+            s.score,
+            s.use,
+            self.config.use_shift,
+            load_layer,
+            self.latest,
+            self.current_set,
+            demand,
+        )
+
+    def has_bursts(self, t: Transfer) -> bool:
+        """The transfer still has addresses to send."""
+        return not t.cancelled and t.issued < len(t.plan)
+
+    def prefetch_owed(self) -> int:
+        """Prefetch bursts on their way."""
+        return sum(len(t.owed) for t in self.transfers.values() if t.prefetch)
+
+    def prefetch_held(self) -> int:
+        """Slots that prefetches hold, loading or draining."""
+        return sum(t.prefetch for t in self.transfers.values())
+
+    def prefetch_may_start(self) -> bool:
+        """The rules of the DMA scheduler and the buffer for one more prefetch."""
+        c = self.config
+        return (
+            not self.pending
+            and not any(t.prefetch and self.has_bursts(t) for t in self.transfers.values())
+            and self.prefetch_owed() < c.prefetch_outstanding
+            and self.prefetch_held() < min(c.prefetch_slots, c.transfers - c.top_k)
+        )
+
+    def drop_queue(self) -> None:
+        """The unstarted prefetches are replaced."""
+        self.count("replaced", len(self.queue))
+        self.queue.clear()
+
+    def free_slot(self, t: Transfer) -> None:
+        """A load gave its slot up."""
+        self.free.append(t.slot)
+        self.buffer.held[t.layer] -= 1
+        self.occupant[t.slot] = None
+        self.pins[t.slot] = 0
+
+    def forget(self, t: Transfer) -> None:
+        """A transfer is over."""
+        del self.transfers[t.index]
+        if t in self.started:
+            self.started.remove(t)
+        if t in self.demand_order:
+            self.demand_order.remove(t)
+
+    def settle(self, t: Transfer, cycle: int) -> None:
+        """After a beat, a cancel or a restart: has the transfer ended?"""
+        if t.owed or t.ended:
+            return
+        if t.cancelled:
+            t.ended = Kind.DRAINED
+        elif t.issued == len(t.plan):
+            if not t.failed:
+                t.ended = Kind.FILL_DONE
+            elif t.retries < self.config.retry_limit:
+                t.ended = Kind.RETRY
+            else:
+                t.ended = Kind.ERROR
+        else:
+            return
+        t.last_cycle = cycle
+        self.ended.append(t)
+
+    def next_ended(self, record: Record, index: int) -> Transfer:
+        """The transfer that ended first, which the record must be about."""
+        waiting = [t for t in self.ended if t.ended != Kind.RETRY]
+        for t in waiting:
+            # Transfers that end within a few cycles of each other may change places.
+            if t.last_cycle > waiting[0].last_cycle + 2 * self.END_LAG:
+                break
+            if t.index == index and t.ended == record.kind:
+                self.ended.remove(t)
+                return t
+        self.fail(record, f"the next transfer to end is {waiting[0] if waiting else None}")
+        raise AssertionError
+
+    # Records ----------------------------------------------------------------------------------
+
+    def _token(self, record: Record) -> None:
+        _, new_sequence, token_id = self.handshake(record, "token")
+        self.expect(record, flag=new_sequence, data=token_id)
+        if self.work or self.picks or self.pending:
+            self.fail(record, "the event before it is not over")
+        if self.token_taken and not new_sequence:
+            self.fail(record, f"layer {self.expected_layer} of the token before it is to come")
+        self.token_taken, self.expected_layer = True, 0
+        self.work.append((0, bool(new_sequence), None))
+        self.count("tokens")
+        if new_sequence:
+            self.count("sequences")
+            self.drop_queue()
+
+    def _illegal(self, record: Record) -> None:
+        name = {0: "route", 1: "release", 2: "token"}.get(record.flag, "route")
+        item = self.handshake(record, name)
+        self.count("illegal")
+        if name == "route":
+            if self.legal(item[1], item[2]):
+                self.fail(record, f"the route is legal: {item}")
+            self.expect(record, flag=0, layer=item[1])
+        elif name == "release":
+            if self.releasable(item[1]):
+                self.fail(record, f"the release is legal: {item}")
+            self.expect(record, flag=1, slot=item[1])
+        else:
+            self.expect(record, flag=2)
+
+    def legal(self, layer: int, experts: Sequence[int]) -> bool:
+        """A route in order, of K different experts of the model."""
+        return (
+            self.token_taken
+            and layer == self.expected_layer
+            and max(experts) < self.config.num_experts
+            and len(set(experts)) == len(experts)
+        )
+
+    def _route(self, record: Record) -> None:
+        c, b = self.config, self.buffer
+        _, layer, routed = self.handshake(record, "route")
+        experts = [int(e) for e in routed]
+        packed = sum(e << (c.expert_bits * rank) for rank, e in enumerate(experts))
+        self.expect(record, layer=layer, data=packed)
+        if not self.legal(layer, experts):
+            self.fail(record, "the route is illegal")
+        if self.work or self.picks or self.pending:
+            self.fail(record, "the event before it is not over")
+        self.count("routes")
+        self.drop_queue()
+        self.latest = layer
+        self.current_set[:] = False
+        self.current_set[experts] = True
+        self.token_taken = layer != c.num_layers - 1
+        self.expected_layer = (layer + 1) % c.num_layers
+        self.disproved = {
+            int(e)
+            for e in np.flatnonzero(b.lane[layer] == Lane.LOADING_PREFETCH)
+            if not self.current_set[e]
+        }
+        for e in experts:
+            state = b.lane[layer, e]
+            if state == Lane.NONE:
+                self.pending.append(e)
+                self.count("misses")
+            elif state in (Lane.LOADING_PREFETCH, Lane.LOADING_DEMAND):
+                self.count("lates")
+                self.transfer_of(layer, e).promised += 1
+                if state == Lane.LOADING_PREFETCH:
+                    self.promotes.append(e)
+                b.lane[layer, e] = Lane.LOADING_DEMAND
+            else:
+                self.count("hits")
+                if state == Lane.READY_UNUSED:
+                    self.count("useful")
+                slot = int(b.slot[layer, e])
+                self.pins[slot] += 1
+                b.lane[layer, e] = Lane.PINNED
+                self.mirror[layer, e] = Lane.PINNED
+                self.grants.append((layer, e, slot, 0))
+        self.work.append(((layer + 1) % c.num_layers, None, np.array(experts)))
+
+    def _score_commit(self, record: Record) -> None:
+        if not self.work:
+            self.fail(record, "no event waits for a score commit")
+        layer, new_sequence, experts = self.work.popleft()
+        self.expect(record, layer=layer)
+        if self.picks:
+            self.fail(record, f"experts {list(self.picks)} of the selection before are missing")
+        if experts is None:
+            self.predictor.token(bool(new_sequence))
+        else:
+            self.predictor.route(self.latest, experts)
+        self.count("score_commits")
+        self.drop_queue()
+        self.queue_layer = layer
+        if self.active.prefetching and self.config.look:
+            allowed = self.buffer.lane[layer] == Lane.NONE
+            self.picks.extend(
+                int(e) for e in self.predictor.select(layer, allowed, self.active.threshold)
+            )
+
+    def _select(self, record: Record) -> None:
+        if not self.picks:
+            self.fail(record, f"nothing more is to be selected for layer {self.queue_layer}")
+        expert = self.picks.popleft()
+        score = int(self.predictor.state.score[self.queue_layer, expert])
+        mask = (1 << self.config.score_bits) - 1
+        self.expect(record, layer=self.queue_layer, expert=expert, data=score & mask)
+        self.queue.append(expert)
+        self.count("selected")
+
+    def _load_start(self, record: Record) -> None:
+        b, s = self.buffer, self.predictor.state
+        demand = bool(self.pending)
+        if not demand:
+            if not self.queue:
+                self.fail(record, "nothing is demanded or selected")
+            if not self.prefetch_may_start():
+                self.fail(record, "a prefetch may not start now")
+        layer = self.latest if demand else self.queue_layer
+        expert = (self.pending if demand else self.queue).popleft()
+        flag, evicted = int(not demand), 0
+        if self.free:
+            slot = self.free.popleft()
+        else:
+            victim_layer, victim_expert = self.find_victim(layer, demand)
+            if victim_layer < 0:
+                self.fail(record, f"there is no slot for expert {expert} of layer {layer}")
+            if not demand and not admits(
+                s.score, s.use, self.config.use_shift, layer, expert, victim_layer, victim_expert
+            ):
+                self.fail(
+                    record,
+                    f"expert {expert} of layer {layer} is not worth more than its victim, expert "
+                    f"{victim_expert} of layer {victim_layer}",
+                )
+            flag |= 2
+            evicted = victim_layer << 8 | victim_expert
+            slot = int(b.slot[victim_layer, victim_expert])
+            if b.lane[victim_layer, victim_expert] == Lane.READY_UNUSED:
+                self.count("useless")
+            self.count("evictions")
+            b.lane[victim_layer, victim_expert] = Lane.NONE
+            b.slot[victim_layer, victim_expert] = -1
+            b.held[victim_layer] -= 1
+        index = record.data >> 16
+        data = evicted | index << 16
+        self.expect(record, layer=layer, expert=expert, slot=slot, flag=flag, data=data)
+        if record.flag & 2:
+            self.mirror[record.data >> 8 & 255, record.data & 255] = Lane.NONE
+        state = Lane.LOADING_DEMAND if demand else Lane.LOADING_PREFETCH
+        self.mirror[record.layer, record.expert] = state
+        if index in self.transfers:
+            self.fail(record, f"transfer {index} is in use")
+        b.lane[layer, expert] = state
+        b.slot[layer, expert] = slot
+        b.held[layer] += 1
+        self.occupant[slot] = (layer, expert)
+        self.pins[slot] = 0
+        t = Transfer(index, layer, expert, slot, not demand, record.cycle, self.plan(layer, expert))
+        t.promised = int(demand)
+        self.transfers[index] = t
+        if demand:
+            self.demand_order.append(t)
+        else:
+            self.started.append(t)
+        self.count("demand_loads" if demand else "prefetch_loads")
+        self.settle(t, record.cycle)
+
+    def plan(self, layer: int, expert: int) -> list[tuple[int, int]]:
+        """Bursts of one expert."""
+        segments = self.segments[layer][:NUM_SEGMENTS]
+        return burst_plan(segments, expert, self.config.beat_bytes, self.config.max_burst)
+
+    def _drop(self, record: Record) -> None:
+        s = self.predictor.state
+        if self.pending or not self.queue or not self.prefetch_may_start() or self.free:
+            self.fail(record, "no prefetch is being judged")
+        expert, layer = self.queue.popleft(), self.queue_layer
+        self.expect(record, layer=layer, expert=expert)
+        victim_layer, victim_expert = self.find_victim(layer, False)
+        if victim_layer < 0 or admits(
+            s.score, s.use, self.config.use_shift, layer, expert, victim_layer, victim_expert
+        ):
+            self.fail(record, f"the prefetch is to be admitted ({victim_layer}, {victim_expert})")
+        self.count("dropped")
+
+    def _promote(self, record: Record) -> None:
+        if not self.promotes:
+            self.fail(record, "nothing is to be promoted")
+        expert = self.promotes.popleft()
+        t = self.transfer_of(self.latest, expert)
+        self.expect(record, layer=self.latest, expert=expert, slot=t.slot, data=t.index)
+        self.mirror[record.layer, record.expert] = Lane.LOADING_DEMAND
+        t.prefetch = False
+        t.since = record.cycle
+        self.started.remove(t)
+        if self.has_bursts(t):
+            self.demand_order.append(t)
+
+    def _cancel(self, record: Record) -> None:
+        t = self.transfers.get(record.data)
+        if t is None or t.cancelled or not t.prefetch:
+            self.fail(record, f"transfer {record.data} is not a prefetch under way")
+        assert t is not None
+        if t.ended and t.last_cycle + self.END_LAG < record.cycle:
+            self.fail(record, "every beat has come: the fill wins")
+        if record.flag:
+            if self.free or not self.pending:
+                self.fail(record, "no demand lacks a slot")
+            if any(x.cancelled for x in self.transfers.values()) or self.disproved:
+                self.fail(record, "another slot is about to be free")
+            if self.find_victim(self.latest, True)[0] >= 0:
+                self.fail(record, "there is a victim")
+            if t is not self.started[-1]:
+                self.fail(record, f"the latest started prefetch is {self.started[-1]}")
+        else:
+            due = sorted(
+                e
+                for e in self.disproved
+                if not self.transfer_of(self.latest, e).ended
+                or self.transfer_of(self.latest, e) is t
+            )
+            if t.layer != self.latest or not due or t.expert != due[0]:
+                self.fail(record, f"the disproved prefetches are experts {due}")
+            self.disproved.discard(t.expert)
+        self.expect(
+            record, layer=t.layer, expert=t.expert, slot=t.slot, flag=record.flag & 1, data=t.index
+        )
+        self.mirror[record.layer, record.expert] = Lane.NONE
+        if t.ended:
+            # Its last beat was on the bus, but had not reached the buffer.
+            self.ended.remove(t)
+            t.ended = None
+        t.cancelled = True
+        self.started.remove(t)
+        self.buffer.lane[t.layer, t.expert] = Lane.NONE
+        self.buffer.slot[t.layer, t.expert] = -1
+        self.count("cancelled")
+        self.settle(t, record.cycle)
+
+    def _burst(self, record: Record) -> None:
+        _, index, address, beats = self.handshake(record, "AR")
+        t = self.transfers.get(index)
+        if t is None:
+            self.fail(record, f"transfer {index} is not in flight")
+        assert t is not None
+        if t.issued >= len(t.plan):
+            self.fail(record, f"every burst of transfer {index} was sent")
+        if (address, beats) != t.plan[t.issued]:
+            self.fail(
+                record,
+                f"expected address {t.plan[t.issued][0]:#x} and {t.plan[t.issued][1]} beats, the "
+                f"bus had {address:#x} and {beats}",
+            )
+        self.expect(
+            record, expert=index, flag=record.flag & int(t.prefetch), data=address
+        )
+        t.issued += 1
+        t.owed.append(beats)
+        if t.cancelled and t.ended:
+            self.ended.remove(t)
+            t.ended = None
+        owed = sum(len(x.owed) for x in self.transfers.values())
+        if owed > self.config.max_outstanding:
+            self.fail(record, f"{owed} bursts are on their way")
+        if t.prefetch and self.prefetch_owed() > self.config.prefetch_outstanding:
+            self.fail(record, f"{self.prefetch_owed()} prefetch bursts are on their way")
+        self.count("prefetch_bursts" if record.flag & 1 else "demand_bursts")
+
+    def _last_beat(self, record: Record) -> None:
+        _, index, resp = self.handshake(record, "R")
+        self.expect(record, expert=index, flag=resp)
+        t = self.transfers.get(index)
+        if t is None or not t.owed:
+            self.fail(record, f"transfer {index} is owed nothing")
+        assert t is not None
+        beats = t.owed.popleft()
+        self.count("last_beats")
+        self.count("beats", beats)
+        t.failed |= resp >= 2
+        self.settle(t, record.cycle)
+
+    def _retry(self, record: Record) -> None:
+        t = self.transfers.get(record.expert)
+        if t is None or t.ended != Kind.RETRY:
+            self.fail(record, "this transfer has no reason to start again")
+        assert t is not None
+        self.expect(record, expert=t.index)
+        self.ended.remove(t)
+        t.ended, t.failed, t.issued = None, False, 0
+        t.retries += 1
+        t.since = record.cycle
+        self.count("retries")
+
+    def _fill_done(self, record: Record) -> None:
+        t = self.next_ended(record, record.data)
+        self.expect(record, layer=t.layer, expert=t.expert, slot=t.slot, data=t.index)
+        state = Lane.READY_UNUSED if t.prefetch else Lane.PINNED
+        self.buffer.lane[t.layer, t.expert] = state
+        self.mirror[record.layer, record.expert] = state
+        self.pins[t.slot] = t.promised
+        self.grants.extend([(t.layer, t.expert, t.slot, 0)] * t.promised)
+        if t.layer == self.latest:
+            self.disproved.discard(t.expert)
+        self.count("filled")
+        self.forget(t)
+
+    def _drained(self, record: Record) -> None:
+        t = self.next_ended(record, record.data)
+        self.expect(record, slot=t.slot, data=t.index)
+        self.free_slot(t)
+        self.count("drained")
+        self.forget(t)
+
+    def _error(self, record: Record) -> None:
+        t = self.next_ended(record, record.data)
+        self.fail_load(record, t)
+        self.free_slot(t)
+        self.count("errors")
+
+    def _watchdog(self, record: Record) -> None:
+        t = self.transfers.get(record.data)
+        if t is None:
+            self.fail(record, f"transfer {record.data} is not in flight")
+        assert t is not None
+        self.fail_load(record, t)
+        self.quarantined.add(t.slot)
+        self.count("timeouts")
+
+    def fail_load(self, record: Record, t: Transfer) -> None:
+        """A load was given up: its demands get grants with the error flag."""
+        self.expect(record, layer=t.layer, expert=t.expert, slot=t.slot, data=t.index)
+        if not t.cancelled:
+            self.buffer.lane[t.layer, t.expert] = Lane.NONE
+            self.buffer.slot[t.layer, t.expert] = -1
+            self.mirror[t.layer, t.expert] = Lane.NONE
+            if t.layer == self.latest:
+                self.disproved.discard(t.expert)
+        self.grants.extend([(t.layer, t.expert, 0, 1)] * t.promised)
+        self.forget(t)
+
+    def _grant(self, record: Record) -> None:
+        _, layer, expert, slot, error = self.handshake(record, "grant")
+        if not self.grants:
+            self.fail(record, "nothing is to be granted")
+        wanted = self.grants.popleft()
+        if wanted != (layer, expert, slot, error):
+            self.fail(record, f"expected the grant (layer, expert, slot, error) {wanted}")
+        self.expect(record, layer=layer, expert=expert, slot=slot, flag=error)
+        self.count("error_grants" if error else "grants")
+
+    def releasable(self, slot: int) -> bool:
+        """The slot holds a resident expert with pins."""
+        if slot >= self.config.num_slots or self.occupant[slot] is None:
+            return False
+        layer, expert = self.occupant[slot]  # type: ignore[misc]
+        return (
+            self.buffer.slot[layer, expert] == slot
+            and self.buffer.lane[layer, expert] == Lane.PINNED
+            and self.pins[slot] > 0
+        )
+
+    def _release(self, record: Record) -> None:
+        _, slot = self.handshake(record, "release")
+        self.expect(record, slot=slot)
+        if not self.releasable(slot):
+            self.fail(record, "the release is illegal")
+        self.pins[slot] -= 1
+        self.count("releases")
+        if self.pins[slot] == 0:
+            layer, expert = self.occupant[slot]  # type: ignore[misc]
+            self.buffer.lane[layer, expert] = Lane.READY
+            self.mirror[layer, expert] = Lane.READY
+
+    def _register_commit(self, record: Record) -> None:
+        self.expect(record)
+        if not self.settings:
+            self.fail(record, "no register commit was requested")
+        before, self.active = self.active, self.settings.popleft()
+        self.buffer.quota[:] = self.active.quota
+        self.predictor.params = self.predictor.params._replace(
+            learning=self.active.learning,
+            gains=np.array(
+                self.config.gains
+                if self.active.ordered
+                else (1 << FRACTION_BITS,) * self.config.top_k,
+                dtype=np.int64,
+            ),
+        )
+        self.threshold_due = self.active.threshold != before.threshold
+
+    def _threshold(self, record: Record) -> None:
+        if not self.threshold_due:
+            self.fail(record, "the threshold has not changed")
+        self.threshold_due = False
+        mask = (1 << self.config.score_bits) - 1
+        self.expect(record, data=self.active.threshold & mask)
