@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Payloads of the engine's streams, and the two AXI interfaces as one stream per channel."""
+
+from __future__ import annotations
+
+from amaranth.hdl import signed, unsigned
+from amaranth.lib import data, enum, stream, wiring
+from amaranth.lib.wiring import In, Out
+from stmoe_golden.config import EngineConfig
+
+__all__ = [
+    "CYCLE_BITS",
+    "CompletionStatus",
+    "EventKind",
+    "axi4_read_signature",
+    "axi4_lite_signature",
+    "completion_layout",
+    "event_data_bits",
+    "event_layout",
+    "fill_layout",
+    "grant_layout",
+    "load_layout",
+    "release_layout",
+    "route_layout",
+    "segment_layout",
+    "selection_layout",
+    "token_layout",
+]
+
+CONTEXT_BITS = 1
+TOKEN_ID_BITS = 32
+CYCLE_BITS = 40
+
+
+class EventKind(enum.IntEnum, shape=5):
+    """Kinds of record on the event port, in the order they have within one cycle."""
+
+    TOKEN = 1
+    ROUTE = 2
+    SCORE_COMMIT = 3
+    SELECT = 4
+    LOAD_START = 5
+    BURST = 6
+    LAST_BEAT = 7
+    FILL_DONE = 8
+    GRANT = 9
+    RELEASE = 10
+    CANCEL = 11
+    DRAINED = 12
+    PROMOTE = 13
+    DROP = 14
+    RETRY = 15
+    ERROR = 16
+    WATCHDOG = 17
+    REGISTER_COMMIT = 18
+    THRESHOLD = 19
+    ILLEGAL = 20
+
+
+class CompletionStatus(enum.Enum, shape=2):
+    """How a transfer ended."""
+
+    DONE = 0
+    """Every beat has come, without error."""
+    DRAINED = 1
+    """It was cancelled and no beat is owed any more."""
+    ERROR = 2
+    """Every beat has come, and a read error remained after the last retry."""
+    TIMEOUT = 3
+    """The watchdog gave it up; its AXI ID and its slot are never used again before reset."""
+
+
+def token_layout(config: EngineConfig) -> data.StructLayout:
+    """``token``: a token begins."""
+    return data.StructLayout(
+        {"context": CONTEXT_BITS, "token_id": TOKEN_ID_BITS, "new_sequence": 1}
+    )
+
+
+def route_layout(config: EngineConfig) -> data.StructLayout:
+    """``route``: the router's decision for one token in one layer, experts in rank order."""
+    return data.StructLayout(
+        {
+            "context": CONTEXT_BITS,
+            "layer": config.layer_bits,
+            "experts": data.ArrayLayout(unsigned(config.expert_bits), config.top_k),
+        }
+    )
+
+
+def grant_layout(config: EngineConfig) -> data.StructLayout:
+    """``grant``: an expert is ready in a slot (or, with ``error``, could not be loaded)."""
+    return data.StructLayout(
+        {
+            "context": CONTEXT_BITS,
+            "layer": config.layer_bits,
+            "expert": config.expert_bits,
+            "slot": config.slot_bits,
+            "error": 1,
+        }
+    )
+
+
+def release_layout(config: EngineConfig) -> data.StructLayout:
+    """``release``: the accelerator has used one grant."""
+    return data.StructLayout({"slot": config.slot_bits})
+
+
+def fill_layout(config: EngineConfig) -> data.StructLayout:
+    """``fill``: one beat of expert data for the buffer; ``offset`` counts beats in the slot."""
+    return data.StructLayout(
+        {
+            "slot": config.slot_bits,
+            "offset": config.offset_bits,
+            "data": config.axi_data_width,
+        }
+    )
+
+
+def selection_layout(config: EngineConfig) -> data.StructLayout:
+    """One expert chosen for prefetch; ``score`` is signed, in quarter units."""
+    return data.StructLayout(
+        {
+            "layer": config.layer_bits,
+            "expert": config.expert_bits,
+            "score": signed(config.score_bits),
+        }
+    )
+
+
+def load_layout(config: EngineConfig) -> data.StructLayout:
+    """One load that has a slot."""
+    return data.StructLayout(
+        {
+            "prefetch": 1,
+            "layer": config.layer_bits,
+            "expert": config.expert_bits,
+            "slot": config.slot_bits,
+        }
+    )
+
+
+def completion_layout(config: EngineConfig) -> data.StructLayout:
+    """One load that has ended."""
+    return data.StructLayout({"transfer": config.transfer_bits, "status": CompletionStatus})
+
+
+def segment_layout(config: EngineConfig) -> data.StructLayout:
+    """Where one part of a layer's experts lies: byte address of expert ``e`` is
+    ``base + e * stride``; ``beats`` AXI beats belong to this part (0: the part is unused)."""
+    return data.StructLayout(
+        {
+            "base": config.axi_addr_width,
+            "stride": 32,
+            "beats": config.offset_bits,
+        }
+    )
+
+
+def event_data_bits(config: EngineConfig) -> int:
+    """Width of an event's ``data``: an address, a score or K experts."""
+    return max(config.axi_addr_width, 32, config.top_k * config.expert_bits)
+
+
+def event_layout(config: EngineConfig) -> data.StructLayout:
+    """One record of the event port; docs/architecture.md says which field means what."""
+    return data.StructLayout(
+        {
+            "kind": EventKind,
+            "cycle": CYCLE_BITS,
+            "context": CONTEXT_BITS,
+            "layer": config.layer_bits,
+            "expert": max(config.expert_bits, config.transfer_bits),
+            "slot": config.slot_bits,
+            "flag": 3,
+            "data": event_data_bits(config),
+        }
+    )
+
+
+def axi4_read_signature(config: EngineConfig) -> wiring.Signature:
+    """AXI4 read channels, seen from the manager: ``ar`` out, ``r`` in.
+
+    Bursts are INCR, of full-width beats, and never cross 4 KiB.
+    """
+    ar = data.StructLayout(
+        {"id": config.transfer_bits, "addr": config.axi_addr_width, "len": 8}
+    )
+    r = data.StructLayout(
+        {"id": config.transfer_bits, "data": config.axi_data_width, "resp": 2, "last": 1}
+    )
+    return wiring.Signature({"ar": Out(stream.Signature(ar)), "r": In(stream.Signature(r))})
+
+
+def axi4_lite_signature(addr_width: int) -> wiring.Signature:
+    """AXI4-Lite, 32 bit, seen from the manager: one stream per channel."""
+    w = data.StructLayout({"data": 32, "strb": 4})
+    r = data.StructLayout({"data": 32, "resp": 2})
+    return wiring.Signature(
+        {
+            "aw": Out(stream.Signature(unsigned(addr_width))),
+            "w": Out(stream.Signature(w)),
+            "b": In(stream.Signature(unsigned(2))),
+            "ar": Out(stream.Signature(unsigned(addr_width))),
+            "r": In(stream.Signature(r)),
+        }
+    )
