@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selected experts that have not been started."""
+
+from __future__ import annotations
+
+from amaranth.hdl import Module
+from amaranth.lib import fifo, stream, wiring
+from amaranth.lib.wiring import In, Out
+from stmoe_golden.config import EngineConfig
+
+from .payloads import selection_layout
+
+__all__ = ["PrefetchQueue"]
+
+
+class PrefetchQueue(wiring.Component):
+    """Holds one selection, best first, until its entries start or are replaced.
+
+    With a lookahead of one layer all entries belong to one layer, so first in, first out is
+    nearest layer first and highest score first.
+
+    Members
+    -------
+    i : In
+        Picks of the selector; never blocks when the queue was flushed before a selection.
+    o : Out
+        The next entry to start.
+    flush : In
+        While high, one entry a cycle is removed (``removed``) and none is offered.
+    """
+
+    def __init__(self, config: EngineConfig):
+        self.config = config
+        entry = stream.Signature(selection_layout(config))
+        super().__init__({"i": In(entry), "o": Out(entry), "flush": In(1), "removed": Out(1)})
+
+    def elaborate(self, platform):
+        m = Module()
+        shape = self.i.payload.shape()
+        m.submodules.fifo = queue = fifo.SyncFIFO(
+            width=shape.size, depth=max(2, self.config.num_select)
+        )
+        m.d.comb += [
+            queue.w_data.eq(self.i.payload),
+            queue.w_en.eq(self.i.valid),
+            self.i.ready.eq(queue.w_rdy),
+            self.o.payload.eq(queue.r_data),
+            self.o.valid.eq(queue.r_rdy & ~self.flush),
+            self.removed.eq(queue.r_rdy & self.flush),
+            queue.r_en.eq(self.flush | self.o.ready),
+        ]
+        return m

@@ -1,0 +1,993 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's single order: every change of the expert buffer is one operation here."""
+
+from __future__ import annotations
+
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, signed, unsigned
+from amaranth.lib import data, fifo, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from stmoe_golden.config import USE_BITS, EngineConfig
+
+from .expert_map import ExpertMap, LaneState, lane_bits, pin_bits
+from .payloads import (
+    CompletionStatus,
+    EventKind,
+    completion_layout,
+    event_data_bits,
+    grant_layout,
+    load_layout,
+    release_layout,
+    route_layout,
+    selection_layout,
+    token_layout,
+)
+from .prefetch_queue import PrefetchQueue
+from .register_map import COUNTERS
+from .victim_chooser import VictimChooser
+
+__all__ = ["SlotManager", "record_layout"]
+
+
+def record_layout(config: EngineConfig) -> data.StructLayout:
+    """One architectural event, before the event port adds its cycle."""
+    return data.StructLayout(
+        {
+            "valid": 1,
+            "kind": EventKind,
+            "layer": config.layer_bits,
+            "expert": max(config.expert_bits, config.transfer_bits),
+            "slot": config.slot_bits,
+            "flag": 3,
+            "data": event_data_bits(config),
+        }
+    )
+
+
+def transfer_layout(config: EngineConfig) -> data.StructLayout:
+    """What the manager keeps of a load in flight."""
+    return data.StructLayout(
+        {
+            "loading": 1,
+            "prefetch": 1,
+            "cancelled": 1,
+            "layer": config.layer_bits,
+            "expert": lane_bits(config),
+            "slot": config.slot_bits,
+            "order": config.transfer_bits,
+        }
+    )
+
+
+class SlotManager(wiring.Component):
+    """Serialises demand, prefetch, fill, release, cancel and commit.
+
+    One operation at a time; each samples its inputs and commits before the next begins. When idle
+    the first of these that is possible is done: the answer of a victim search for a demand, a
+    completed transfer, the next demand without a slot, a disproved prefetch, a release, a score
+    commit, a register commit, a token, a routing event, the next prefetch.
+
+    Latency, in cycles from the one in which ``route`` is taken: a resident expert's grant is valid
+    3 later; the load of the first missing expert is handed to the DMA scheduler 1 later when a
+    slot is free, 10 + ceil(log2(E)) - 3 later when a victim is to be chosen.
+
+    Parameters
+    ----------
+    config : :class:`EngineConfig`
+
+    Members
+    -------
+    token, route, release, grant
+        The engine's streams (architecture section 4).
+    predictor_token, predictor_route, commit_request, commit_grant, commit_done, absent,
+    select_layer, selected, selection_over, victim_score, victim_use, victim_layer
+        The predictor's side of :class:`stmoe.predictor.Predictor`.
+    start, start_transfer, promote, promote_transfer, cancel, cancel_transfer, cancel_late,
+    completion, prefetch_ready
+        The DMA scheduler's side of :class:`stmoe.dma_scheduler.DmaScheduler`.
+    register_request, register_grant, threshold_changed, threshold, quota, prefetching
+        From and to the registers.
+    hold : In
+        Begin no new operation (the event port is nearly full).
+    record, selection_record, grant_record : Out
+        Architectural events of this cycle.
+    increment : Out
+        Counters to be incremented, as in ``register_map.COUNTERS``.
+    initialised : Out
+        The map is cleared and the free list is filled.
+    busy : Out
+        Something is queued or under way.
+    """
+
+    def __init__(self, config: EngineConfig):
+        self.config = c = config
+        experts = c.num_experts
+        super().__init__(
+            {
+                "token": In(stream.Signature(token_layout(c))),
+                "route": In(stream.Signature(route_layout(c))),
+                "release": In(stream.Signature(release_layout(c))),
+                "grant": Out(stream.Signature(grant_layout(c))),
+                "predictor_token": Out(
+                    stream.Signature(data.StructLayout({"new_sequence": 1}))
+                ),
+                "predictor_route": Out(
+                    stream.Signature(
+                        data.StructLayout(
+                            {
+                                "layer": c.layer_bits,
+                                "experts": data.ArrayLayout(unsigned(c.expert_bits), c.top_k),
+                            }
+                        )
+                    )
+                ),
+                "commit_request": In(1),
+                "commit_grant": Out(1),
+                "commit_done": In(1),
+                "absent": Out(experts),
+                "select_layer": In(c.layer_bits),
+                "selected": In(stream.Signature(selection_layout(c))),
+                "victim_layer": Out(c.layer_bits),
+                "victim_score": In(data.ArrayLayout(signed(c.score_bits), experts)),
+                "victim_use": In(data.ArrayLayout(unsigned(USE_BITS), experts)),
+                "start": Out(stream.Signature(load_layout(c))),
+                "start_transfer": In(c.transfer_bits),
+                "promote": Out(1),
+                "promote_transfer": Out(c.transfer_bits),
+                "cancel": Out(1),
+                "cancel_transfer": Out(c.transfer_bits),
+                "cancel_late": In(1),
+                "completion": In(stream.Signature(completion_layout(c))),
+                "prefetch_ready": In(1),
+                "register_request": In(1),
+                "register_grant": Out(1),
+                "threshold_changed": In(1),
+                "threshold": In(signed(c.score_bits)),
+                "quota": In(data.ArrayLayout(unsigned(experts.bit_length()), c.num_layers)),
+                "hold": In(1),
+                "record": Out(record_layout(c)),
+                "selection_record": Out(record_layout(c)),
+                "grant_record": Out(record_layout(c)),
+                "increment": Out(len(COUNTERS)),
+                "initialised": Out(1),
+                "busy": Out(1),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        c = self.config
+        layers, experts, top_k = c.num_layers, c.num_experts, c.top_k
+        eb = lane_bits(c)
+        rank_bits = max(1, (top_k - 1).bit_length())
+
+        m.submodules.map = table = ExpertMap(c)
+        m.submodules.chooser = chooser = VictimChooser(c)
+        m.submodules.queue = queue = PrefetchQueue(c)
+        m.submodules.free = free = fifo.SyncFIFOBuffered(width=c.slot_bits, depth=c.num_slots)
+        m.submodules.grants = grants = fifo.SyncFIFO(
+            width=grant_layout(c).size, depth=4 * top_k
+        )
+        counter = {item.name: self.increment[i] for i, item in enumerate(COUNTERS)}
+
+        # A default for the whole value, so that Verilog has no bit that nothing ever drives.
+        record = self.record
+        m.d.comb += [
+            record.as_value().eq(0),
+            self.selection_record.as_value().eq(0),
+            self.grant_record.as_value().eq(0),
+            self.increment.eq(0),
+        ]
+
+        def emit(kind, **fields):
+            return [
+                record.valid.eq(1),
+                record.kind.eq(kind),
+                *(record[name].eq(value) for name, value in fields.items()),
+            ]
+
+        # The latest routing event, and what it still owes ---------------------------------------
+        event_layer = Signal(c.layer_bits, init=layers - 1)
+        event_experts = Signal(data.ArrayLayout(unsigned(eb), top_k))
+        event_set = Signal(experts)
+        pending = Signal(top_k)
+        missed, hits, promotes = Signal(top_k), Signal(top_k), Signal(top_k)
+        disproved = Signal(experts)
+        expected_layer = Signal(c.layer_bits)
+        token_taken = Signal()
+        outstanding = Signal(range(4 * top_k + 1))
+        outstanding_add = Signal(range(top_k + 1))
+        outstanding_sub = Signal()
+        m.d.sync += outstanding.eq(outstanding + outstanding_add - outstanding_sub)
+
+        transfers = Array(
+            Signal(transfer_layout(c), name=f"transfer_{t}") for t in range(c.transfers)
+        )
+        prefetch_held = Signal(range(c.transfers + 1))
+        held_add, held_sub = Signal(), Signal()
+        m.d.sync += prefetch_held.eq(prefetch_held + held_add - held_sub)
+        prefetch_limit = min(c.prefetch_slots, c.transfers - top_k)
+
+        draining = Signal(range(c.transfers + 1))
+        draining_add, draining_sub = Signal(), Signal()
+        m.d.sync += draining.eq(draining + draining_add - draining_sub)
+        cancelling, cancel_flag = Signal(), Signal()
+        gone = Signal(transfer_layout(c))
+        m.d.comb += gone.eq(transfers[self.cancel_transfer])
+
+        demand_blocked, prefetch_blocked = Signal(), Signal()
+        searching = Signal()
+        """A victim search is under way or its answer has not been used."""
+        search_demand = Signal()
+
+        def first_rank(bits):
+            index = Signal(rank_bits, name=f"{bits.name}_rank")
+            for rank in reversed(range(top_k)):
+                with m.If(bits[rank]):
+                    m.d.comb += index.eq(rank)
+            return index
+
+        pending_rank = first_rank(pending)
+        missed_rank = first_rank(missed)
+        hit_rank = first_rank(hits)
+        promote_rank = first_rank(promotes)
+        disproved_lane = Signal(eb)
+        for e in reversed(range(experts)):
+            with m.If(disproved[e]):
+                m.d.comb += disproved_lane.eq(e)
+
+        # Legality of a waiting route ------------------------------------------------------------
+        route = self.route.payload
+        route_set = Signal(experts)
+        for rank in range(top_k):
+            with m.If(route.experts[rank] < experts):
+                m.d.comb += route_set.bit_select(route.experts[rank][:eb], 1).eq(1)
+        duplicates = [
+            route.experts[i] == route.experts[j] for j in range(top_k) for i in range(j)
+        ]
+        legal = Signal()
+        event_next = Signal(experts)
+
+        # The row port serves one reader at a time.
+        row_layer = Signal(c.layer_bits)
+        m.d.comb += [
+            table.row_layer.eq(Mux(chooser.busy, chooser.row_layer, row_layer)),
+            self.victim_layer.eq(chooser.row_layer),
+            chooser.row.eq(table.row),
+            chooser.score.eq(self.victim_score),
+            chooser.use.eq(self.victim_use),
+            chooser.over.eq(table.over),
+            chooser.any_ready.eq(table.any_ready),
+            chooser.latest_layer.eq(event_layer),
+            chooser.current_set.eq(event_set),
+            table.quota.eq(self.quota),
+        ]
+
+        entry = queue.o.payload
+        load_layer = Signal(c.layer_bits)
+        load_expert = Signal(eb)
+        load_slot = Signal(c.slot_bits)
+        evicting = Signal()
+        m.d.comb += [
+            load_layer.eq(Mux(search_demand, event_layer, entry.layer)),
+            load_expert.eq(
+                Mux(search_demand, event_experts[pending_rank], entry.expert[:eb])
+            ),
+            chooser.demand.eq(search_demand),
+            chooser.load_layer.eq(load_layer),
+            chooser.load_expert.eq(load_expert),
+        ]
+
+        # Starting a load: the same few lines for both kinds -------------------------------------
+        taking = Signal()
+        """This cycle the DMA scheduler takes the load described by ``start_*``."""
+        start_layer = Signal(c.layer_bits)
+        start_expert = Signal(eb)
+        start_slot = Signal(c.slot_bits)
+        start_prefetch = Signal()
+        start_evicts = Signal()
+        victim_layer = Signal(c.layer_bits)
+        victim_expert = Signal(eb)
+        m.d.comb += [
+            self.start.payload.prefetch.eq(start_prefetch),
+            self.start.payload.layer.eq(start_layer),
+            self.start.payload.expert.eq(start_expert),
+            self.start.payload.slot.eq(start_slot),
+            taking.eq(self.start.valid & self.start.ready),
+        ]
+        with m.If(taking):
+            m.d.comb += [
+                table.place_write.eq(1),
+                table.place_write_address.eq(Cat(start_expert, start_layer)),
+                table.place_write_data.slot.eq(start_slot),
+                table.place_write_data.transfer.eq(self.start_transfer),
+                table.info_write.eq(1),
+                table.info_write_slot.eq(start_slot),
+                table.info_write_data.resident.eq(0),
+                table.info_write_data.pins.eq(~start_prefetch),
+                table.info_write_data.layer.eq(start_layer),
+                table.info_write_data.expert.eq(start_expert),
+                table.held_add.eq(1),
+                table.held_layer.eq(start_layer),
+                held_add.eq(start_prefetch),
+                counter["prefetch_loads"].eq(start_prefetch),
+                counter["demand_loads"].eq(~start_prefetch),
+                *emit(
+                    EventKind.LOAD_START,
+                    layer=start_layer,
+                    expert=start_expert,
+                    slot=start_slot,
+                    flag=Cat(start_prefetch, start_evicts),
+                    data=Cat(
+                        Mux(start_evicts, victim_expert, 0)[:eb],
+                        Const(0, 8 - eb),
+                        Mux(start_evicts, victim_layer, 0)[: c.layer_bits],
+                        Const(0, 8 - c.layer_bits),
+                        self.start_transfer,
+                    ),
+                ),
+            ]
+            for t in range(len(transfers)):
+                transfer = transfers[t]
+                with m.If(self.start_transfer == t):
+                    m.d.sync += [
+                        transfer.loading.eq(1),
+                        transfer.prefetch.eq(start_prefetch),
+                        transfer.cancelled.eq(0),
+                        transfer.layer.eq(start_layer),
+                        transfer.expert.eq(start_expert),
+                        transfer.slot.eq(start_slot),
+                        transfer.order.eq(0),
+                    ]
+                # ``order`` ranks the loading prefetches: 0 is the latest started.
+                with m.Elif(start_prefetch & ~transfer.order.all()):
+                    m.d.sync += transfer.order.eq(transfer.order + 1)
+
+        # Grants ---------------------------------------------------------------------------------
+        grant = Signal(grant_layout(c))
+        grant_push = Signal()
+        m.d.comb += [grant.as_value().eq(0), grants.w_data.eq(grant), grants.w_en.eq(grant_push)]
+        out_valid = Signal()
+        out = Signal(grant_layout(c))
+        m.d.comb += [self.grant.valid.eq(out_valid), self.grant.payload.eq(out)]
+        with m.If(~out_valid | self.grant.ready):
+            m.d.comb += grants.r_en.eq(~self.hold)
+            m.d.sync += [out_valid.eq(grants.r_rdy & ~self.hold), out.eq(grants.r_data)]
+        with m.If(out_valid & self.grant.ready):
+            m.d.comb += [
+                self.grant_record.valid.eq(1),
+                self.grant_record.kind.eq(EventKind.GRANT),
+                self.grant_record.layer.eq(out.layer),
+                self.grant_record.expert.eq(out.expert),
+                self.grant_record.slot.eq(out.slot),
+                self.grant_record.flag.eq(out.error),
+                counter["grants"].eq(~out.error),
+                counter["error_grants"].eq(out.error),
+            ]
+
+        # Selections flow into the queue beside everything else ----------------------------------
+        m.d.comb += [
+            queue.i.payload.eq(self.selected.payload),
+            queue.i.valid.eq(self.selected.valid & ~self.hold),
+            self.selected.ready.eq(queue.i.ready & ~self.hold),
+            counter["replaced"].eq(queue.removed),
+        ]
+        with m.If(queue.i.valid & queue.i.ready):
+            m.d.comb += [
+                self.selection_record.valid.eq(1),
+                self.selection_record.kind.eq(EventKind.SELECT),
+                self.selection_record.layer.eq(self.selected.payload.layer),
+                self.selection_record.expert.eq(self.selected.payload.expert),
+                self.selection_record.data.eq(self.selected.payload.score.as_unsigned()),
+                counter["selected"].eq(1),
+            ]
+
+        # The experts of a routing event, one a cycle: residents first, then those on their way.
+        # Stage 0 reads the slot, stage 1 grants or promotes and reads the pins, stage 2 adds one.
+        judging = Signal()
+        todo_rank = Signal(rank_bits)
+        m.d.comb += todo_rank.eq(Mux(hits.any(), hit_rank, Mux(promotes.any(), promote_rank,
+                                                              missed_rank)))
+        stage1 = Signal()
+        stage1_hit, stage1_promote = Signal(), Signal()
+        stage1_unused = Signal()
+        stage1_expert = Signal(eb)
+        stage2 = Signal()
+        stage2_slot = Signal(c.slot_bits)
+        rank_state = [Signal(LaneState, name=f"rank_state_{rank}") for rank in range(top_k)]
+        judged_all = Signal()
+        m.d.comb += judged_all.eq(~(hits.any() | promotes.any() | missed.any()))
+        m.d.sync += [
+            stage1.eq(judging & ~judged_all),
+            stage1_hit.eq(hits.any()),
+            stage1_promote.eq(~hits.any() & promotes.any()),
+            stage1_expert.eq(event_experts[todo_rank]),
+            stage1_unused.eq(Array(rank_state)[todo_rank] == LaneState.READY_UNUSED),
+            stage2.eq(stage1 & (stage1_hit | stage1_promote)),
+            stage2_slot.eq(table.place.slot),
+        ]
+        with m.If(judging):
+            m.d.comb += table.place_read.eq(Cat(event_experts[todo_rank], event_layer))
+            with m.If(hits.any()):
+                m.d.sync += hits.eq(hits & (hits - 1))
+            with m.Elif(promotes.any()):
+                m.d.sync += promotes.eq(promotes & (promotes - 1))
+            with m.Else():
+                m.d.sync += missed.eq(missed & (missed - 1))
+        with m.If(stage1):
+            m.d.comb += [
+                counter["hits"].eq(stage1_hit),
+                counter["useful"].eq(stage1_hit & stage1_unused),
+                counter["misses"].eq(~stage1_hit & ~stage1_promote),
+                table.info_read.eq(table.place.slot),
+            ]
+            with m.If(stage1_hit):
+                m.d.comb += [
+                    grant.layer.eq(event_layer),
+                    grant.expert.eq(stage1_expert),
+                    grant.slot.eq(table.place.slot),
+                    grant_push.eq(1),
+                ]
+            with m.Elif(stage1_promote):
+                promoted = transfers[table.place.transfer]
+                m.d.comb += counter["lates"].eq(1)
+                with m.If(promoted.prefetch):
+                    m.d.comb += [
+                        self.promote.eq(1),
+                        self.promote_transfer.eq(table.place.transfer),
+                        held_sub.eq(1),
+                        *emit(
+                            EventKind.PROMOTE,
+                            layer=event_layer,
+                            expert=stage1_expert,
+                            slot=table.place.slot,
+                            data=table.place.transfer,
+                        ),
+                    ]
+                    m.d.sync += promoted.prefetch.eq(0)
+        with m.If(stage2):
+            m.d.comb += [
+                table.info_write.eq(1),
+                table.info_write_slot.eq(stage2_slot),
+                table.info_write_data.eq(table.info),
+                table.info_write_data.pins.eq(table.info.pins + 1),
+            ]
+
+        # Completions ----------------------------------------------------------------------------
+        ended = Signal(transfer_layout(c))
+        ended_index = Signal(c.transfer_bits)
+        status = Signal(CompletionStatus)
+        promised = Signal(pin_bits(c))
+
+        # A score commit reads the row of the layer to be selected.
+        absent = Signal(experts)
+        absent_now = Signal(experts)
+        m.d.comb += [
+            absent_now.eq(Cat(table.row[e] == LaneState.NONE for e in range(experts))),
+            self.absent.eq(absent),
+        ]
+
+        # Which input may be taken ---------------------------------------------------------------
+        token = self.token.payload
+        at_boundary = Signal()
+        take_token, judge_route = Signal(), Signal()
+        m.d.comb += [
+            at_boundary.eq((expected_layer == 0) & ~token_taken),
+            take_token.eq(
+                self.token.valid
+                & self.predictor_token.ready
+                & (pending == 0)
+                & (
+                    at_boundary
+                    | ((token.new_sequence | (token.context != 0)) & ~self.route.valid)
+                )
+            ),
+            judge_route.eq(
+                self.route.valid
+                & self.predictor_route.ready
+                & (pending == 0)
+                & ~at_boundary
+                & (outstanding <= 3 * top_k)
+            ),
+        ]
+
+        def has_state(view, *states):
+            result = Const(0, 1)
+            for state in states:
+                result = result | (view == state)
+            return result
+
+        resident_states = (LaneState.READY, LaneState.READY_UNUSED, LaneState.PINNED)
+        loading_states = (LaneState.LOADING_PREFETCH, LaneState.LOADING_DEMAND)
+        row_taken = Signal(data.ArrayLayout(LaneState, experts))
+        threshold_next = Signal()
+        newest_found = Signal()
+        newest = Signal(c.transfer_bits)
+        newest_order = Signal(c.transfer_bits)
+        scan = Signal(c.transfer_bits)
+        walk_length = max(layers, c.num_slots)
+        walk = Signal(range(walk_length + 1))
+
+        def search_or_start():
+            """From IDLE: a free slot is taken at once, else a victim is looked for."""
+            with m.If(free.r_rdy):
+                m.d.sync += [load_slot.eq(free.r_data), evicting.eq(0)]
+                m.d.comb += free.r_en.eq(1)
+                m.next = "START"
+            with m.Else():
+                m.d.sync += searching.eq(1)
+                m.next = "SEARCH"
+
+        with m.FSM(init="CLEAR") as fsm:
+            m.d.comb += [
+                self.initialised.eq(~fsm.ongoing("CLEAR")),
+                self.busy.eq(
+                    ~fsm.ongoing("IDLE")
+                    | (pending != 0)
+                    | disproved.any()
+                    | queue.o.valid
+                    | grants.r_rdy
+                    | out_valid
+                    | self.completion.valid
+                    | self.release.valid
+                    | self.commit_request
+                ),
+            ]
+            with m.State("CLEAR"):
+                m.d.comb += [
+                    table.row_write.eq(walk < layers),
+                    table.row_write_layer.eq(walk),
+                    table.row_write_lanes.eq(~0),
+                    table.info_write.eq(walk < c.num_slots),
+                    table.info_write_slot.eq(walk),
+                    free.w_en.eq(walk < c.num_slots),
+                    free.w_data.eq(walk),
+                ]
+                m.d.sync += walk.eq(walk + 1)
+                with m.If(walk == walk_length):
+                    m.next = "IDLE"
+
+            with m.State("IDLE"):
+                with m.If(self.hold):
+                    pass
+                with m.Elif(searching):
+                    m.d.comb += [
+                        table.place_read.eq(Cat(chooser.expert, chooser.layer)),
+                        row_layer.eq(chooser.layer),
+                    ]
+                    with m.If(chooser.done):
+                        m.d.sync += searching.eq(0)
+                        with m.If(chooser.admitted):
+                            m.next = "EVICT"
+                        with m.Elif(search_demand):
+                            m.d.sync += [scan.eq(0), newest_found.eq(0)]
+                            m.next = "MAKE-ROOM"
+                        with m.Elif(chooser.found):
+                            m.d.comb += [
+                                queue.o.ready.eq(1),
+                                counter["dropped"].eq(1),
+                                *emit(EventKind.DROP, layer=entry.layer, expert=entry.expert),
+                            ]
+                        with m.Else():
+                            m.d.sync += prefetch_blocked.eq(1)
+                with m.Elif(self.completion.valid):
+                    index = self.completion.payload.transfer
+                    m.d.comb += [
+                        table.info_read.eq(transfers[index].slot),
+                        self.completion.ready.eq(1),
+                    ]
+                    m.d.sync += [
+                        ended.eq(transfers[index]),
+                        ended_index.eq(index),
+                        status.eq(self.completion.payload.status),
+                        demand_blocked.eq(0),
+                        prefetch_blocked.eq(0),
+                    ]
+                    m.next = "COMPLETE"
+                with m.Elif((pending != 0) & ~demand_blocked & self.start.ready):
+                    m.d.sync += search_demand.eq(1)
+                    search_or_start()
+                with m.Elif(disproved.any()):
+                    m.d.comb += table.place_read.eq(Cat(disproved_lane, event_layer))
+                    m.next = "CANCEL"
+                with m.Elif(self.release.valid):
+                    m.d.comb += table.info_read.eq(self.release.payload.slot)
+                    m.next = "RELEASE"
+                with m.Elif(self.commit_request):
+                    m.d.comb += [
+                        row_layer.eq(self.select_layer),
+                        self.commit_grant.eq(1),
+                        counter["score_commits"].eq(1),
+                        *emit(EventKind.SCORE_COMMIT, layer=self.select_layer),
+                    ]
+                    m.d.sync += prefetch_blocked.eq(0)
+                    m.next = "COMMIT-ROW"
+                with m.Elif(self.register_request):
+                    m.d.comb += [self.register_grant.eq(1), *emit(EventKind.REGISTER_COMMIT)]
+                    m.d.sync += [
+                        threshold_next.eq(self.threshold_changed),
+                        demand_blocked.eq(0),
+                        prefetch_blocked.eq(0),
+                    ]
+                    m.next = "REGISTERS"
+                with m.Elif(take_token):
+                    m.d.comb += self.token.ready.eq(1)
+                    with m.If(token.context != 0):
+                        m.d.comb += [
+                            counter["illegal"].eq(1),
+                            *emit(EventKind.ILLEGAL, flag=2),
+                        ]
+                    with m.Else():
+                        m.d.comb += [
+                            self.predictor_token.valid.eq(1),
+                            self.predictor_token.payload.new_sequence.eq(token.new_sequence),
+                            counter["tokens"].eq(1),
+                            counter["sequences"].eq(token.new_sequence),
+                            *emit(EventKind.TOKEN, flag=token.new_sequence, data=token.token_id),
+                        ]
+                        m.d.sync += [token_taken.eq(1), expected_layer.eq(0)]
+                        with m.If(token.new_sequence):
+                            m.next = "FLUSH"
+                with m.Elif(judge_route):
+                    m.d.comb += row_layer.eq(route.layer)
+                    m.d.sync += [
+                        legal.eq(
+                            (route.context == 0)
+                            & (route.layer == expected_layer)
+                            & Cat(x < experts for x in route.experts).all()
+                            & ~Cat(*duplicates, Const(0, 1)).any()
+                        ),
+                        event_next.eq(route_set),
+                    ]
+                    m.next = "ROUTE"
+                with m.Elif(
+                    queue.o.valid
+                    & self.prefetch_ready
+                    & self.start.ready
+                    & ~prefetch_blocked
+                    & (pending == 0)
+                    & (prefetch_held < prefetch_limit)
+                ):
+                    m.d.sync += search_demand.eq(0)
+                    search_or_start()
+
+            with m.State("SEARCH"):
+                m.d.comb += chooser.start.eq(1)
+                m.next = "IDLE"
+
+            with m.State("EVICT"):
+                # The victim's slot is here: the victim leaves the map, its slot changes hands.
+                m.d.comb += [
+                    table.row_write.eq(1),
+                    table.row_write_layer.eq(chooser.layer),
+                    table.row_write_lanes.eq(1 << chooser.expert),
+                    table.held_sub.eq(1),
+                    table.held_layer.eq(chooser.layer),
+                    table.ready_sub.eq(1),
+                    table.ready_layer.eq(chooser.layer),
+                    counter["evictions"].eq(1),
+                    counter["useless"].eq(
+                        Array(table.row[e] for e in range(experts))[chooser.expert]
+                        == LaneState.READY_UNUSED
+                    ),
+                ]
+                m.d.sync += [
+                    load_slot.eq(table.place.slot),
+                    evicting.eq(1),
+                    victim_layer.eq(chooser.layer),
+                    victim_expert.eq(chooser.expert),
+                ]
+                m.next = "START"
+
+            with m.State("START"):
+                m.d.comb += [
+                    self.start.valid.eq(1),
+                    start_layer.eq(load_layer),
+                    start_expert.eq(load_expert),
+                    start_prefetch.eq(~search_demand),
+                    start_slot.eq(load_slot),
+                    start_evicts.eq(evicting),
+                    table.row_write_layer.eq(load_layer),
+                    table.row_write_lanes.eq(1 << load_expert),
+                ]
+                for e in range(experts):
+                    m.d.comb += table.row_write_data[e].eq(
+                        Mux(search_demand, LaneState.LOADING_DEMAND, LaneState.LOADING_PREFETCH)
+                    )
+                with m.If(self.start.ready):
+                    m.d.comb += [
+                        table.row_write.eq(1),
+                        queue.o.ready.eq(~search_demand),
+                    ]
+                    with m.If(search_demand):
+                        m.d.sync += pending.eq(pending & (pending - 1))
+                    m.next = "IDLE"
+
+            with m.State("MAKE-ROOM"):
+                # No slot and no victim: the last started prefetch gives its slot up, unless one
+                # is on its way to being free already.
+                here = transfers[scan]
+                m.d.sync += scan.eq(scan + 1)
+                with m.If(
+                    here.loading
+                    & here.prefetch
+                    & (~newest_found | (here.order < newest_order))
+                ):
+                    m.d.sync += [
+                        newest_found.eq(1),
+                        newest.eq(scan),
+                        newest_order.eq(here.order),
+                    ]
+                with m.If((draining != 0) | disproved.any()):
+                    m.d.sync += demand_blocked.eq(1)
+                    m.next = "IDLE"
+                with m.Elif(scan == c.transfers - 1):
+                    m.next = "MAKE-ROOM-CANCEL"
+            with m.State("MAKE-ROOM-CANCEL"):
+                m.d.sync += demand_blocked.eq(1)
+                m.d.comb += [
+                    self.cancel_transfer.eq(newest),
+                    cancelling.eq(newest_found & ~self.cancel_late),
+                    cancel_flag.eq(1),
+                ]
+                m.next = "IDLE"
+            with m.State("CANCEL"):
+                m.d.sync += disproved.eq(disproved & (disproved - 1))
+                m.d.comb += [
+                    self.cancel_transfer.eq(table.place.transfer),
+                    cancelling.eq(~self.cancel_late),
+                ]
+                m.next = "IDLE"
+
+            with m.State("COMPLETE"):
+                freed = Signal()
+                for t in range(len(transfers)):
+                    with m.If(ended_index == t):
+                        m.d.sync += transfers[t].loading.eq(0)
+                m.d.comb += [
+                    table.held_layer.eq(ended.layer),
+                    table.held_sub.eq(freed),
+                    table.ready_layer.eq(ended.layer),
+                    table.row_write_layer.eq(ended.layer),
+                    table.row_write_lanes.eq(1 << ended.expert),
+                    table.info_write_slot.eq(ended.slot),
+                    table.info_write_data.layer.eq(ended.layer),
+                    table.info_write_data.expert.eq(ended.expert),
+                    free.w_data.eq(ended.slot),
+                    free.w_en.eq(freed),
+                    held_sub.eq(ended.prefetch),
+                    draining_sub.eq(ended.cancelled),
+                ]
+                fields = {
+                    "layer": ended.layer,
+                    "expert": ended.expert,
+                    "slot": ended.slot,
+                    "data": ended_index,
+                }
+                m.d.sync += promised.eq(table.info.pins)
+                m.next = "IDLE"
+                with m.If(ended.layer == event_layer):
+                    # An expert that has arrived, or failed, is no longer to be cancelled.
+                    with m.If(~ended.cancelled):
+                        m.d.sync += disproved.eq(disproved & ~(1 << ended.expert))
+                with m.Switch(status):
+                    with m.Case(CompletionStatus.DONE):
+                        m.d.comb += [
+                            table.row_write.eq(1),
+                            table.info_write.eq(1),
+                            table.info_write_data.resident.eq(1),
+                            table.info_write_data.pins.eq(table.info.pins),
+                            table.ready_add.eq(ended.prefetch),
+                            counter["filled"].eq(1),
+                            *emit(EventKind.FILL_DONE, **fields),
+                        ]
+                        for e in range(experts):
+                            m.d.comb += table.row_write_data[e].eq(
+                                Mux(ended.prefetch, LaneState.READY_UNUSED, LaneState.PINNED)
+                            )
+                        with m.If(~ended.prefetch):
+                            m.next = "PROMISED"
+                    with m.Case(CompletionStatus.DRAINED):
+                        m.d.comb += [
+                            freed.eq(1),
+                            counter["drained"].eq(1),
+                            *emit(EventKind.DRAINED, slot=ended.slot, data=ended_index),
+                        ]
+                    with m.Default():
+                        # ERROR or TIMEOUT; after the latter the slot is never used again.
+                        m.d.comb += [
+                            table.row_write.eq(~ended.cancelled),
+                            table.info_write.eq(1),
+                            freed.eq(status == CompletionStatus.ERROR),
+                            counter["errors"].eq(status == CompletionStatus.ERROR),
+                            counter["timeouts"].eq(status == CompletionStatus.TIMEOUT),
+                            *emit(
+                                Mux(
+                                    status == CompletionStatus.ERROR,
+                                    EventKind.ERROR,
+                                    EventKind.WATCHDOG,
+                                ),
+                                **fields,
+                            ),
+                        ]
+                        with m.If(~ended.prefetch):
+                            m.next = "PROMISED"
+            with m.State("PROMISED"):
+                # One grant for each event that waits; normally one.
+                failed = Signal()
+                m.d.comb += [
+                    failed.eq(status != CompletionStatus.DONE),
+                    grant.layer.eq(ended.layer),
+                    grant.expert.eq(ended.expert),
+                    grant.slot.eq(Mux(failed, 0, ended.slot)),
+                    grant.error.eq(failed),
+                    grant_push.eq(1),
+                    outstanding_sub.eq(failed),
+                ]
+                m.d.sync += promised.eq(promised - 1)
+                with m.If(promised == 1):
+                    m.next = "IDLE"
+
+            with m.State("RELEASE"):
+                slot = self.release.payload.slot
+                m.d.comb += [
+                    self.release.ready.eq(1),
+                    table.info_write_slot.eq(slot),
+                    table.info_write_data.eq(table.info),
+                    table.info_write_data.pins.eq(table.info.pins - 1),
+                    table.row_write_layer.eq(table.info.layer),
+                    table.row_write_lanes.eq(1 << table.info.expert),
+                    table.ready_layer.eq(table.info.layer),
+                ]
+                for e in range(experts):
+                    m.d.comb += table.row_write_data[e].eq(LaneState.READY)
+                m.next = "IDLE"
+                with m.If(table.info.resident & (table.info.pins != 0) & (slot < c.num_slots)):
+                    m.d.comb += [
+                        table.info_write.eq(1),
+                        outstanding_sub.eq(1),
+                        counter["releases"].eq(1),
+                        *emit(EventKind.RELEASE, slot=slot),
+                    ]
+                    with m.If(table.info.pins == 1):
+                        m.d.comb += [table.row_write.eq(1), table.ready_add.eq(1)]
+                        m.d.sync += [demand_blocked.eq(0), prefetch_blocked.eq(0)]
+                with m.Else():
+                    m.d.comb += [
+                        counter["illegal"].eq(1),
+                        *emit(EventKind.ILLEGAL, flag=1, slot=slot),
+                    ]
+
+            with m.State("COMMIT-ROW"):
+                m.d.comb += [queue.flush.eq(1), self.absent.eq(absent_now)]
+                m.d.sync += absent.eq(absent_now)
+                m.next = "COMMIT"
+                with m.If(self.commit_done):
+                    m.next = "FLUSH"
+            with m.State("COMMIT"):
+                m.d.comb += queue.flush.eq(1)
+                with m.If(self.commit_done):
+                    m.next = "FLUSH"
+            with m.State("FLUSH"):
+                m.d.comb += queue.flush.eq(1)
+                with m.If(~queue.removed):
+                    m.next = "IDLE"
+
+            with m.State("REGISTERS"):
+                with m.If(threshold_next):
+                    m.d.comb += emit(EventKind.THRESHOLD, data=self.threshold.as_unsigned())
+                m.next = "IDLE"
+
+            with m.State("ROUTE"):
+                # The row is here and the route is judged: taken now, one way or the other.
+                m.d.comb += self.route.ready.eq(1)
+                with m.If(legal):
+                    m.d.comb += [
+                        self.predictor_route.valid.eq(1),
+                        self.predictor_route.payload.layer.eq(route.layer),
+                        self.predictor_route.payload.experts.eq(route.experts),
+                        outstanding_add.eq(top_k),
+                        counter["routes"].eq(1),
+                        *emit(EventKind.ROUTE, layer=route.layer, data=route.experts.as_value()),
+                    ]
+                    last = route.layer == layers - 1
+                    m.d.sync += [
+                        event_layer.eq(route.layer),
+                        event_set.eq(event_next),
+                        row_taken.eq(table.row),
+                        token_taken.eq(~last),
+                        expected_layer.eq(Mux(last, 0, route.layer + 1)),
+                        demand_blocked.eq(0),
+                        prefetch_blocked.eq(0),
+                        search_demand.eq(1),
+                    ]
+                    for rank in range(top_k):
+                        lane = route.experts[rank][:eb]
+                        state = Signal(LaneState, name=f"route_state_{rank}")
+                        m.d.comb += state.eq(Array(table.row[e] for e in range(experts))[lane])
+                        m.d.sync += [
+                            event_experts[rank].eq(lane),
+                            rank_state[rank].eq(state),
+                            pending[rank].eq(state == LaneState.NONE),
+                            missed[rank].eq(state == LaneState.NONE),
+                            promotes[rank].eq(has_state(state, *loading_states)),
+                            hits[rank].eq(has_state(state, *resident_states)),
+                        ]
+                    m.next = "PIN"
+                with m.Else():
+                    m.d.comb += [
+                        counter["illegal"].eq(1),
+                        *emit(EventKind.ILLEGAL, flag=0, layer=route.layer),
+                    ]
+                    m.next = "IDLE"
+
+            with m.State("PIN"):
+                # Residents are pinned and loading ones become demands, the whole row at once; the
+                # first missing expert takes a free slot, or the search for a victim begins.
+                first_missing = event_experts[pending_rank]
+                start_now = Signal()
+                m.d.comb += [
+                    judging.eq(1),
+                    queue.flush.eq(1),
+                    table.row_write.eq(1),
+                    table.row_write_layer.eq(event_layer),
+                    table.ready_layer.eq(event_layer),
+                    table.ready_sub.eq(
+                        sum(
+                            has_state(rank_state[rank], LaneState.READY, LaneState.READY_UNUSED)
+                            for rank in range(top_k)
+                        )
+                    ),
+                    start_now.eq((pending != 0) & free.r_rdy & ~self.hold),
+                    self.start.valid.eq(start_now),
+                    start_layer.eq(event_layer),
+                    start_expert.eq(first_missing),
+                    start_slot.eq(free.r_data),
+                    free.r_en.eq(taking),
+                ]
+                for e in range(experts):
+                    resident = has_state(row_taken[e], *resident_states)
+                    loading = has_state(row_taken[e], *loading_states)
+                    m.d.comb += [
+                        table.row_write_data[e].eq(
+                            Mux(resident, LaneState.PINNED, LaneState.LOADING_DEMAND)
+                        ),
+                        table.row_write_lanes[e].eq(
+                            (event_set[e] & (resident | loading)) | (taking & (first_missing == e))
+                        ),
+                    ]
+                    m.d.sync += disproved[e].eq(
+                        (row_taken[e] == LaneState.LOADING_PREFETCH) & ~event_set[e]
+                    )
+                with m.If(taking):
+                    m.d.sync += pending.eq(pending & (pending - 1))
+                with m.Elif((pending != 0) & self.start.ready & ~free.r_rdy):
+                    m.d.comb += chooser.start.eq(1)
+                    m.d.sync += searching.eq(1)
+                m.next = "JUDGE"
+            with m.State("JUDGE"):
+                m.d.comb += [judging.eq(1), queue.flush.eq(1)]
+                with m.If(judged_all & ~stage1 & ~stage2 & ~queue.removed):
+                    m.next = "IDLE"
+
+        with m.If(cancelling):
+            m.d.comb += [
+                self.cancel.eq(1),
+                table.row_write.eq(1),
+                table.row_write_layer.eq(gone.layer),
+                table.row_write_lanes.eq(1 << gone.expert),
+                draining_add.eq(1),
+                counter["cancelled"].eq(1),
+                *emit(
+                    EventKind.CANCEL,
+                    layer=gone.layer,
+                    expert=gone.expert,
+                    slot=gone.slot,
+                    flag=cancel_flag,
+                    data=self.cancel_transfer,
+                ),
+            ]
+            for t in range(len(transfers)):
+                with m.If(self.cancel_transfer == t):
+                    m.d.sync += [transfers[t].loading.eq(0), transfers[t].cancelled.eq(1)]
+        return m

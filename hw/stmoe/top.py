@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine with conventional flat AXI names, and its Verilog."""
+
+from __future__ import annotations
+
+import os
+
+from amaranth.hdl import Cat, Module
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+from stmoe_golden.config import EngineConfig
+
+from .axi_flat import connect_axi4_read, flat_axi4_read_ports
+from .axil_flat import connect_axil, flat_axil_ports
+from .engine import Engine
+from .payloads import (
+    event_layout,
+    fill_layout,
+    grant_layout,
+    release_layout,
+    route_layout,
+    token_layout,
+)
+from .register_map import addr_width
+
+__all__ = ["EngineTop", "generate"]
+
+
+def padded(bits: int) -> int:
+    """Whole bytes, as AXI4-Stream's TDATA wants them."""
+    return -(-bits // 8) * 8
+
+
+def stream_layouts(config: EngineConfig) -> dict[str, tuple[str, str]]:
+    """Payload of each AXI4-Stream port: name, then whether the engine is its source."""
+    layouts = {
+        "s_axis_token": ("token", token_layout(config)),
+        "s_axis_route": ("route", route_layout(config)),
+        "m_axis_grant": ("grant", grant_layout(config)),
+        "s_axis_release": ("release", release_layout(config)),
+        "m_axis_fill": ("fill", fill_layout(config)),
+    }
+    if config.event_port:
+        layouts["m_axis_event"] = ("events", event_layout(config))
+    return layouts
+
+
+class EngineTop(wiring.Component):
+    """:class:`stmoe.engine.Engine` behind flat ports.
+
+    ``s_axil_*`` are the registers, ``m_axi_*`` the AXI4 read manager, ``s_axis_token_*``,
+    ``s_axis_route_*``, ``m_axis_grant_*``, ``s_axis_release_*``, ``m_axis_fill_*`` and (with the
+    event port) ``m_axis_event_*`` are AXI4-Stream. A stream's TDATA holds the payload's fields
+    from bit 0 up, in the order of its layout in ``payloads.py``, padded with 0 to whole bytes.
+    ``clk`` and the synchronous, active-high ``rst`` belong to all of them.
+
+    Parameters
+    ----------
+    config : :class:`EngineConfig`
+    """
+
+    def __init__(self, config: EngineConfig):
+        self.config = config
+        members = {
+            **flat_axil_ports(addr_width(config)),
+            **flat_axi4_read_ports(config),
+            "irq": Out(1),
+        }
+        for prefix, (_, layout) in stream_layouts(config).items():
+            into, away = (In, Out) if prefix.startswith("s_") else (Out, In)
+            members[f"{prefix}_tdata"] = into(padded(layout.size))
+            members[f"{prefix}_tvalid"] = into(1)
+            members[f"{prefix}_tready"] = away(1)
+        super().__init__(members)
+
+    def elaborate(self, platform):
+        m = Module()
+        c = self.config
+        m.submodules.engine = engine = Engine(c)
+        connect_axil(m, self, engine.axil)
+        connect_axi4_read(m, c, self, engine.axi)
+        m.d.comb += self.irq.eq(engine.irq)
+        for prefix, (name, layout) in stream_layouts(c).items():
+            port = getattr(engine, name)
+            tdata, tvalid, tready = (
+                getattr(self, f"{prefix}_{signal}") for signal in ("tdata", "tvalid", "tready")
+            )
+            if prefix.startswith("s_"):
+                m.d.comb += [
+                    port.payload.eq(tdata[: layout.size]),
+                    port.valid.eq(tvalid),
+                    tready.eq(port.ready),
+                ]
+            else:
+                m.d.comb += [
+                    tdata.eq(Cat(port.payload)),
+                    tvalid.eq(port.valid),
+                    port.ready.eq(tready),
+                ]
+        return m
+
+
+def generate(config: EngineConfig, *, name: str = "stmoe_engine") -> str:
+    """Verilog of the engine as module ``name``; the same configuration gives the same text."""
+    os.environ.setdefault("AMARANTH_USE_YOSYS", "builtin")
+    from amaranth.back import verilog
+
+    return "// SPDX-License-Identifier: Apache-2.0\n" + verilog.convert(
+        EngineTop(config), name=name, emit_src=False
+    )
