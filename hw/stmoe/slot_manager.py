@@ -484,7 +484,8 @@ class SlotManager(wiring.Component):
             ),
             judge_route.eq(
                 self.route.valid
-                & self.predictor_route.ready
+                # Idle is idle: `predictor_route.ready` may depend on `predictor_token.valid`.
+                & self.predictor_token.ready
                 & (pending == 0)
                 & ~at_boundary
                 & (outstanding <= 3 * top_k)
