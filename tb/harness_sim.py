@@ -214,7 +214,8 @@ async def _run(dut: Any, settings: dict[str, Any], result: dict[str, Any]) -> No
     progress = Progress(settings["progress"], total)
     banks = Banks(dut, trace_rows(config, *arrays))
     changes = sorted(settings["reconfigure"])
-    begin, first_cycle = time.monotonic(), int(dut.cycle.value)
+    begin, cpu_begin = time.monotonic(), time.process_time()
+    first_cycle = int(dut.cycle.value)
     woken = ValueChange(dut.wake)
     while not dut.done.value:
         if dut.stuck.value:
@@ -234,6 +235,7 @@ async def _run(dut: Any, settings: dict[str, Any], result: dict[str, Any]) -> No
             raise SimulationFailed("all tokens have finished, but the engine never comes to rest")
         await woken
     result["wall_seconds"] = time.monotonic() - begin
+    result["cpu_seconds"] = time.process_time() - cpu_begin
     result["run_cycles"] = int(dut.cycle.value) - first_cycle
     progress.show(total, result["run_cycles"], final=True)
     result["counters"] = await port.counters()

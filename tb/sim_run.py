@@ -179,7 +179,8 @@ class SimulationLog:
     """What the monitors have seen in a run, each list in the order of its cycles.
 
     ``counters`` are the engine's registers, read at the end; ``totals`` are the harness's own
-    counts. ``cycles`` is the cycle in which the last token finished.
+    counts. ``cycles`` is the cycle in which the last token finished. ``wall_seconds`` and
+    ``cpu_seconds`` are those of the run itself, without building and configuring.
     """
 
     config: EngineConfig
@@ -198,6 +199,7 @@ class SimulationLog:
     totals: dict[str, int] = field(default_factory=dict)
     cycles: int = 0
     wall_seconds: float = 0.0
+    cpu_seconds: float = 0.0
     error: str | None = None
     out_dir: Path | None = None
 
@@ -505,6 +507,7 @@ def run_simulation(
         run.error = result.pop("error")
         run.counters = result.pop("counters")
         run.wall_seconds = result.pop("wall_seconds", 0.0)
+        run.cpu_seconds = result.pop("cpu_seconds", 0.0)
         run.totals = result
     run.cycles = run.finished[-1].cycle if run.finished else run.totals.get("done_cycle", 0)
     if not run.error and not passed:

@@ -531,3 +531,39 @@ def test_bad_arguments_are_named():
         run_simulation(TINY, trace, memory={"speed": 1}, engine_factory=StandIn)
     with pytest.raises(ValueError, match="log must be"):
         run_simulation(TINY, trace, log="some", engine_factory=StandIn)
+
+
+# Round the engine -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 11])
+def test_the_engine_grants_what_was_asked_and_records_what_the_monitors_see(tmp_path, seed):
+    settings = {"reorder": 1, "interleave": 1} if seed else {}
+    log = run_simulation(
+        TINY, random_trace(TINY, 60), out_dir=tmp_path, seed=seed, memory=settings, **FAST
+    )
+    demanded = [(r.layer, sorted(r.experts)) for r in log.routes]
+    k = TINY.top_k
+    granted = [
+        (log.grants[i].layer, sorted(g.expert for g in log.grants[i : i + k]))
+        for i in range(0, len(log.grants), k)
+    ]
+    assert granted == demanded
+
+    def records(kind, *fields):
+        return [tuple(getattr(e, f) for f in fields) for e in log.events if e.kind == kind]
+
+    # The engine's own account, its cycles included, is that of the harness.
+    seen = {
+        (EventKind.TOKEN, "cycle", "flag", "data"): log.tokens,
+        (EventKind.GRANT, "cycle", "layer", "expert", "slot", "flag"): log.grants,
+        (EventKind.RELEASE, "cycle", "slot"): log.releases,
+        (EventKind.LAST_BEAT, "cycle", "expert", "flag"): log.last_beats,
+        (EventKind.BURST, "cycle", "expert", "data"): [burst[:3] for burst in log.ar],
+        (EventKind.ROUTE, "cycle", "layer"): [route[:2] for route in log.routes],
+    }
+    for key, rows in seen.items():
+        assert records(*key) == [tuple(row) for row in rows]
+    assert log.counters["grants"] == len(log.grants)
+    assert log.counters["beats"] == log.totals["r_beats"]
+    assert log.counters["last_beats"] == len(log.last_beats)

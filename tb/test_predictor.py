@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from cocotb.clock import Clock
 from cocotb.triggers import FallingEdge, RisingEdge
+
 from simulation import pack, run_bench, seeds, unpack
 from stmoe.payloads import selection_layout
-from stmoe.predictor import Predictor
+from stmoe.predictor import Predictor, route_layout, token_layout
 from stmoe_golden.config import USE_BITS, EngineConfig, preset
 from stmoe_golden.predictor import Predictor as Golden
 from stmoe_golden.predictor import params_of
@@ -67,6 +68,7 @@ CONFIG = CONFIGS[os.environ.get("CONFIG", "tiny")]
 SEEDS = json.loads(os.environ.get("SEEDS", "[1]"))
 EVENTS = 60
 PICK = selection_layout(CONFIG)
+TOKEN, ROUTE = token_layout(), route_layout(CONFIG)
 PARAMS = {
     (learning, ordered): params_of(CONFIG, learning=learning, ordered=ordered)
     for learning in (False, True)
@@ -83,7 +85,7 @@ def lanes(value: int, width: int, *, signed: bool) -> list[int]:
 class TB:
     """One predictor beside its golden model; time passes only in :meth:`cycle`.
 
-    Inputs change just after the rising edge and everything is looked at on the falling edge. All
+    Inputs change just after the rising edge and outputs are looked at on the falling edge. All
     inputs that the contract does not call stable are random in every cycle.
     """
 
@@ -91,6 +93,7 @@ class TB:
         self.dut = dut
         self.driven: dict[str, int] = {}
         self.worst: dict[str, int] = {}
+        self.total_picks = 0
         cocotb.start_soon(Clock(dut.clk, 10, unit="ns").start())
 
     def drive(self, name: str, value: int) -> None:
@@ -102,17 +105,18 @@ class TB:
         return int(getattr(self.dut, name).value)
 
     async def reset(self, seed: int) -> None:
-        """Everything as after power-up but for what is in the memories."""
+        """Everything as after power-up, but for what the memories hold by now."""
         self.dut._log.warning("seed %d", seed)
         self.rng = rng = random.Random(seed)
         self.fast = seed % 3 == 0  # no stalls at all: latencies are asserted
         self.golden = Golden(CONFIG)
         self.now = 0
-        self.busy = self.committing = self.stable = False
-        self.sweep: list[int] = []
-        self.asked: int | None = None
+        self.busy = self.committing = self.requested = self.over = False
+        self.apply = None
+        self.wait = 0
+        self.asked: tuple | None = None  # rows that the read of the last cycle must give
         self.offered: int | None = None
-        self.picks: list[dict] = []
+        self.recent: list[int] = []
         for name in ("token__valid", "token__payload", "route__valid", "route__payload"):
             self.drive(name, 0)
         for name in ("commit_grant", "absent", "selected__ready", "victim_layer", "rst"):
@@ -123,75 +127,121 @@ class TB:
             await RisingEdge(self.dut.clk)
         self.drive("rst", 0)
         # Nothing is taken before the tables are clear, however hard one asks.
-        asking = rng.random() < 0.5
-        self.drive("token__valid", int(asking))
+        self.drive("token__valid", rng.getrandbits(1))
         rows = CONFIG.num_layers << max(1, (CONFIG.num_experts - 1).bit_length())
         for _ in range(rows + 10):
             await FallingEdge(self.dut.clk)
-            if self.read("clear_done"):
+            clear = self.read("clear_done")
+            if clear:
                 break
             assert not self.read("token__ready") and not self.read("route__ready")
             await RisingEdge(self.dut.clk)
-        else:
-            raise AssertionError(f"not clear {rows + 10} cycles after reset")
+            self.drive("token__valid", rng.getrandbits(1))
+        assert clear, f"not clear {rows + 10} cycles after reset"
         self.drive("token__valid", 0)
+        await RisingEdge(self.dut.clk)
         self.sweep = list(range(CONFIG.num_layers))
 
-    def noise(self) -> None:
-        """Random values on all inputs that are not stable now."""
+    async def cycle(self) -> None:
+        """One cycle; checks what holds in every cycle."""
         rng = self.rng
-        bits = CONFIG.score_bits
-        if not self.stable:
-            self.drive("threshold", rng.getrandbits(bits))
-            self.drive("prefetching", rng.getrandbits(1))
+        # Stable from the cycle after the grant until commit_done.
+        if not self.committing or self.now == self.granted + 1:
+            self.drive("threshold", self.some_threshold())
+            self.drive("prefetching", int(rng.random() < 0.9))
             self.drive("absent", rng.getrandbits(CONFIG.num_experts))
-        if not (self.driven["token__valid"] or self.driven["route__valid"]):
+        if self.busy:
             self.drive("learning", rng.getrandbits(1))
             self.drive("ordered", rng.getrandbits(1))
-
-    async def cycle(self) -> None:
-        """One cycle with the inputs as they are; checks what holds in every cycle."""
-        self.noise()
-        rng = self.rng
-        # A row read in the cycle before is out; what is read now is seen in the next.
+        self.drive("selected__ready", int(self.fast or rng.random() < 0.6))
         expected, self.asked = self.asked, None
-        if self.sweep or (not self.committing and rng.random() < 0.2):
+        if not self.committing and (self.sweep or rng.random() < 0.2):
             layer = self.sweep.pop() if self.sweep else rng.randrange(CONFIG.num_layers)
             self.drive("victim_layer", layer)
-            self.asked = layer
             state = self.golden.state
-            self.next_rows = (state.score[layer].tolist(), state.use[layer].tolist())
-        self.drive("selected__ready", int(self.fast or rng.random() < 0.6))
+            self.asked = (layer, state.score[layer].tolist(), state.use[layer].tolist())
         await FallingEdge(self.dut.clk)
+
         if expected is not None:
             score = lanes(self.read("victim_score"), CONFIG.score_bits, signed=True)
             use = lanes(self.read("victim_use"), USE_BITS, signed=False)
-            assert (score, use) == self.rows, f"layer {expected}: {score, use} not {self.rows}"
-        if self.asked is not None:
-            self.rows = self.next_rows
+            assert score == expected[1], f"scores of layer {expected[0]}: {score}"
+            assert use == expected[2], f"use counts of layer {expected[0]}: {use}"
         if self.busy:
             assert not self.read("token__ready") and not self.read("route__ready")
-        valid = self.read("selected__valid")
-        pick = self.read("selected__payload") if valid else None
+        self._check_commit()
+        self._check_picks()
+        grant = self.driven["commit_grant"]
+        await RisingEdge(self.dut.clk)
+        self.now += 1
+        if grant:
+            self.drive("commit_grant", 0)
+
+    def _check_commit(self) -> None:
+        """Grants a request after a random delay; its end is where golden changes."""
+        request, done = self.read("commit_request"), self.read("commit_done")
+        assert not (request and self.committing), "requested again before commit_done"
+        if self.requested and not self.committing:
+            assert request, "the request was withdrawn"
+        if request:
+            self.requested = True
+            assert self.apply is not None, "nothing to commit"
+            if CONFIG.look:
+                assert self.read("select_layer") == self.select_layer
+            if self.wait or self.sweep:
+                self.wait = max(0, self.wait - 1)
+            else:
+                # The grant may come in the cycle of the request, as the manager gives it.
+                self.drive("commit_grant", 1)
+                self.committing, self.granted = True, self.now
+        if done:
+            assert self.committing and self.now > self.granted
+            self.committing = self.requested = False
+            self.done = self.now
+            self.apply()
+            self.apply = None
+            self.sweep = list(range(CONFIG.num_layers))
+            self.expected = self.expected_picks()
+
+    def expected_picks(self) -> list[dict]:
+        if not CONFIG.look or not self.driven["prefetching"]:
+            return []
+        allowed = np.array(
+            [self.driven["absent"] >> e & 1 for e in range(CONFIG.num_experts)], bool
+        )
+        threshold = self.driven["threshold"]
+        threshold -= (threshold >> CONFIG.score_bits - 1) << CONFIG.score_bits
+        picks = self.golden.select(self.select_layer, allowed, threshold)
+        row = self.golden.state.score[self.select_layer]
+        return [{"layer": self.select_layer, "expert": int(e), "score": int(row[e])} for e in picks]
+
+    def some_threshold(self) -> int:
+        """Mostly near the scores there are, else anything."""
+        rng = self.rng
+        if rng.random() < 0.2:
+            return rng.getrandbits(CONFIG.score_bits)
+        score = int(rng.choice(self.golden.state.score.ravel())) + rng.randint(-1, 1)
+        return score & ((1 << CONFIG.score_bits) - 1)
+
+    def _check_picks(self) -> None:
+        pick = self.read("selected__payload") if self.read("selected__valid") else None
         assert self.offered in (None, pick), "a pick was withdrawn or changed"
         self.offered = pick
-        if valid:
+        if pick is not None:
+            assert self.done is not None, "picked before the commit"
             self.first = min(self.first, self.now)
             if self.driven["selected__ready"]:
                 self.picks.append(unpack(PICK, pick))
                 self.offered = None
-        self.now += 1
+                assert len(self.picks) <= len(self.expected), f"too much: {self.picks[-1]}"
+                assert self.picks[-1] == self.expected[len(self.picks) - 1]
+        self.over = bool(self.read("selection_over"))
+        if self.over:
+            assert self.done is not None and self.now > self.done
+            assert self.busy and self.offered is None
+            assert self.picks == self.expected, f"missing {self.expected[len(self.picks) :]}"
 
-    async def step(self) -> None:
-        """To the next cycle: inputs may be changed after this."""
-        await RisingEdge(self.dut.clk)
-
-    async def pause(self, count: int) -> None:
-        for _ in range(count):
-            await self.cycle()
-            await self.step()
-
-    def stall(self, most: int = 6) -> int:
+    def stall(self, most: int) -> int:
         return 0 if self.fast or self.rng.random() < 0.5 else self.rng.randrange(most)
 
     def note(self, name: str, cycles: int, limit: int) -> None:
@@ -204,41 +254,90 @@ class TB:
         ``apply(learning, ordered)`` brings the golden model to where the commit ends.
         """
         rng = self.rng
-        await self.pause(self.stall(20))
-        # Handshake. Settings of this cycle hold for the event.
+        for _ in range(self.stall(12)):
+            await self.cycle()
+        # The settings of the handshake's cycle hold for the whole event.
         learning, ordered = rng.random() < 0.85, rng.random() < 0.6
         self.drive("learning", int(learning))
         self.drive("ordered", int(ordered))
         self.drive(f"{stream}__payload", payload)
         self.drive(f"{stream}__valid", 1)
+        self.requested = False
+        self.done = None
         self.first = 1 << 60
-        self.picks = []
+        self.picks: list[dict] = []
+        self.wait = self.stall(9)
+        self.select_layer = select_layer
+        taken = self.now
         await self.cycle()
         assert self.read(f"{stream}__ready"), "not ready although idle"
-        taken = self.now
-        await self.step()
-        self.drive(f"{stream}__valid", 0)
-        self.drive(f"{stream}__payload", rng.getrandbits(len(getattr(self.dut, f"{stream}__payload"))))
+        self.apply = lambda: apply(learning, ordered)
         self.busy = True
-
-        # The request comes, and is held until it is granted.
-        wait = self.stall(9)
-        while True:
-            # A grant is given in the very cycle of the request when there is no delay.
-            await FallingEdge(self.dut.clk)
-            grant = self.read("commit_request") and wait == 0
-            self.drive("commit_grant", int(grant))
-            if grant:
-                self.committing, self.sweep_left = True, len(self.sweep)
-                assert not self.sweep
-            await self.cycle_from_here()
-            if self.read("commit_request"):
-                assert self.read("select_layer") == select_layer or not CONFIG.look
-                wait -= 1
+        self.drive(f"{stream}__valid", 0)
+        other = getattr(self.dut, f"{stream}__payload")
+        self.drive(f"{stream}__payload", rng.getrandbits(len(other)))
+        while not self.over:
+            await self.cycle()
+            assert self.now - taken < 400, "no end"
+        self.busy = self.over = False
+        self.total_picks += len(self.picks)
+        if self.fast:
+            c, ended = CONFIG, self.now - 1
+            if stream == "route":
+                self.note("route to commit grant", self.granted - taken, 2 * c.top_k + 16)
+                if self.picks:
+                    self.note("route to first pick", self.first - taken, 2 * c.top_k + 24)
+                self.note("grant to commit_done", self.done - self.granted, c.depth + 2)
+                self.note("grant to over", ended - self.granted, 3 * c.num_select + 12)
+                if (c.top_k, c.num_select) == (4, 8):
+                    self.note("route to idle", ended + 1 - taken, 57)
             else:
-                assert wait >= 0
-            assert not self.read("commit_done") and not self.read("selection_over")
-            assert self.now - taken < 200, "no commit_request"
-            if grant:
-                break
-            await self.step()
+                self.note("token to commit grant", self.granted - taken, 4)
+                self.note("token's commit", self.done - self.granted, c.num_layers + 2)
+                self.note("commit_done to over", ended - self.done, 3 * c.num_select + 12)
+
+    async def token(self, new_sequence: bool) -> None:
+        payload = pack(TOKEN, {"new_sequence": int(new_sequence)})
+        await self.event("token", payload, 0, lambda *_: self.golden.token(new_sequence))
+
+    async def route(self, layer: int, experts: list[int]) -> None:
+        def apply(learning: bool, ordered: bool) -> None:
+            self.golden.params = PARAMS[learning, ordered]
+            self.golden.route(layer, experts)
+
+        payload = pack(ROUTE, {"layer": layer, "experts": experts})
+        await self.event("route", payload, (layer + 1) % CONFIG.num_layers, apply)
+
+    def some_set(self) -> list[int]:
+        """K experts, mostly those of the sets before: rows that have just been written."""
+        rng, k = self.rng, CONFIG.top_k
+        fresh = rng.sample(range(CONFIG.num_experts), k)
+        chosen = [e for e in self.recent if rng.random() < 0.7]
+        rng.shuffle(chosen)
+        chosen += [e for e in fresh if e not in chosen]
+        self.recent = chosen[:k]
+        return chosen[:k]
+
+
+@cocotb.test(timeout_time=10, timeout_unit="ms")
+async def predictor_is_golden(dut) -> None:
+    """Legal traffic: layers in order, a token before layer 0, new sequences anywhere."""
+    tb = TB(dut)
+    for seed in SEEDS:
+        await tb.reset(seed)
+        events = 0
+        while events < EVENTS:
+            await tb.token(events == 0 or tb.rng.random() < 0.15)
+            for layer in range(CONFIG.num_layers):
+                events += 1
+                await tb.route(layer, tb.some_set())
+                if tb.rng.random() < 0.03:
+                    break  # the sequence ends here
+            else:
+                continue
+            await tb.token(True)
+            await tb.route(0, tb.some_set())
+        for _ in range(CONFIG.num_layers + 2):
+            await tb.cycle()
+    dut._log.warning("%d picks; worst latencies: %s", tb.total_picks, tb.worst)
+    assert tb.total_picks or not CONFIG.look

@@ -59,7 +59,9 @@ class History(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         layers = self.config.num_layers
-        m.submodules.sets = sets = memory.Memory(shape=self.row.shape(), depth=max(2, layers), init=[])
+        m.submodules.sets = sets = memory.Memory(
+            shape=self.row.shape(), depth=max(2, layers), init=[]
+        )
         read, write = sets.read_port(), sets.write_port()
         # Flags outside the memory, so that a new sequence forgets all sets in one cycle.
         known = Array(Signal(name=f"known_{layer}") for layer in range(layers))

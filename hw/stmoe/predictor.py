@@ -17,7 +17,22 @@ from .payloads import selection_layout
 from .score_memory import ScoreMemory, score_layout
 from .selector import Selector
 
-__all__ = ["Predictor"]
+__all__ = ["Predictor", "route_layout", "token_layout"]
+
+
+def token_layout() -> data.StructLayout:
+    """What the predictor needs to know of a token."""
+    return data.StructLayout({"new_sequence": 1})
+
+
+def route_layout(config: EngineConfig) -> data.StructLayout:
+    """What the predictor needs to know of a route."""
+    return data.StructLayout(
+        {
+            "layer": config.layer_bits,
+            "experts": data.ArrayLayout(unsigned(config.expert_bits), config.top_k),
+        }
+    )
 
 
 def _gain_steps(gains: tuple[int, ...]) -> list[tuple[int, bool, bool]]:
@@ -136,16 +151,10 @@ class Predictor(wiring.Component):
         if not isinstance(config, EngineConfig):
             raise TypeError(f"config must be an EngineConfig, not {config!r}")
         self.config = c = config
-        route = data.StructLayout(
-            {
-                "layer": c.layer_bits,
-                "experts": data.ArrayLayout(unsigned(c.expert_bits), c.top_k),
-            }
-        )
         super().__init__(
             {
-                "token": In(stream.Signature(data.StructLayout({"new_sequence": 1}))),
-                "route": In(stream.Signature(route)),
+                "token": In(stream.Signature(token_layout())),
+                "route": In(stream.Signature(route_layout(c))),
                 "commit_request": Out(1),
                 "select_layer": Out(c.layer_bits),
                 "commit_grant": In(1),

@@ -515,7 +515,8 @@ class SlotManager(wiring.Component):
                 m.d.sync += [load_slot.eq(free.r_data), evicting.eq(0)]
                 m.d.comb += free.r_en.eq(1)
                 m.next = "START"
-            with m.Else():
+            with m.Elif(free.level == 0):
+                # Not while a slot that has just become free is on its way through the FIFO.
                 m.d.sync += searching.eq(1)
                 m.next = "SEARCH"
 
@@ -962,7 +963,7 @@ class SlotManager(wiring.Component):
                     )
                 with m.If(taking):
                     m.d.sync += pending.eq(pending & (pending - 1))
-                with m.Elif((pending != 0) & self.start.ready & ~free.r_rdy):
+                with m.Elif((pending != 0) & self.start.ready & (free.level == 0)):
                     m.d.comb += chooser.start.eq(1)
                     m.d.sync += searching.eq(1)
                 m.next = "JUDGE"
