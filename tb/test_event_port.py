@@ -20,7 +20,7 @@ from cocotb.clock import Clock
 from cocotb.triggers import FallingEdge, ReadOnly
 
 from simulation import run_bench, seeds, unpack
-from stmoe.event_port import SOURCES, EventPort, hold_margin
+from stmoe.event_port import SOURCES, EventPort
 from stmoe.payloads import CYCLE_BITS, EventKind, event_layout
 from stmoe.slot_manager import record_layout
 from stmoe_golden.config import EngineConfig, preset
@@ -89,7 +89,7 @@ class TB:
         self.record_fields = dict(record_layout(c))
         self.event_fields = dict(self.event)
         self.record_bits = record_layout(c).size
-        self.margin = hold_margin(c)
+        self.margin = c.event_margin
         self.seen: Counter[str] = Counter()
         cocotb.start_soon(Clock(dut.clk, 10, unit="ns").start())
 
@@ -221,7 +221,7 @@ async def random_traffic(dut, shape: str) -> None:
 @cocotb.test(timeout_time=5, timeout_unit="ms")
 @cocotb.parametrize(shape=list(SHAPES))
 async def nothing_is_lost_in_a_long_stall(dut, shape: str) -> None:
-    """Records in every cycle until ``hold``, then in ``hold_margin`` more, before any is taken."""
+    """Records in every cycle until ``hold``, then in ``event_margin`` more, before any is taken."""
     tb = TB(dut, shape)
     await FallingEdge(dut.clk)
     for seed in SEEDS:

@@ -403,7 +403,9 @@ class TestContentChecker:
     def test_an_unknown_slot_released_is_a_fault(self):
         config = self.CONFIG
         dut = ContentChecker(
-            config, AddressMap(config), content=lambda a: content(a, data_width=128),
+            config,
+            AddressMap(config),
+            content=lambda a: content(a, data_width=128),
             address_of=address_of,
         )
 

@@ -36,7 +36,7 @@ SHAPES = {
     "small": EngineConfig(num_layers=5, num_experts=6),
     "large": preset("gpt_oss_20b"),
 }
-SEARCHES = {name: 25 if name == "large" else 60 for name in SHAPES}
+SEARCHES = {"one_layer": 30, "one_expert": 40, "single": 20, "odd": 50, "small": 60, "large": 25}
 
 
 class Shapes(wiring.Component):
@@ -104,7 +104,7 @@ def random_search(rng: np.random.Generator, config: EngineConfig) -> Search:
         current_set = rng.random(experts) < 0.5
 
     # Which lanes may be evicted.
-    kind = rng.choice(["any", "any", "sparse", "full", "none", "set only", "elsewhere"])
+    kind = rng.choice(["any", "sparse", "full", "none", "set only", "elsewhere", "behind set"])
     may = {
         "any": rng.random(shape) < 0.4,
         "sparse": rng.random(shape) < 0.5 / experts,
@@ -112,8 +112,9 @@ def random_search(rng: np.random.Generator, config: EngineConfig) -> Search:
         "none": np.zeros(shape, np.bool_),
         "set only": np.zeros(shape, np.bool_),
         "elsewhere": rng.random(shape) < rng.choice([0.1, 0.6]),
+        "behind set": rng.random(shape) < 0.5,
     }[kind]
-    if kind == "set only":
+    if kind in ("set only", "behind set"):
         may[latest] = current_set
     if kind == "elsewhere":
         may[load_layer] &= current_set if load_layer == latest else False
@@ -121,14 +122,18 @@ def random_search(rng: np.random.Generator, config: EngineConfig) -> Search:
 
     # Which layers are over their quota.
     quota = rng.integers(0, experts + 1, layers)
-    often_few = kind == "elsewhere" and rng.random() < 0.7
-    kind = "few" if often_few else rng.choice(["any", "all", "few"])
+    # "behind set": the walk tries the latest layer alone and finds its set only.
+    if kind == "elsewhere" and rng.random() < 0.7:
+        kind = "few"
+    elif kind != "behind set":
+        kind = rng.choice(["any", "all", "few"])
     held = {
         "any": quota + rng.integers(-1, 2, layers),
         "all": quota + rng.integers(1, 3, layers),
         "few": quota - (rng.random(layers) < 0.5),
+        "behind set": quota - (rng.random(layers) < 0.5),
     }[kind]
-    if kind == "few" and rng.random() < 0.3:
+    if kind == "behind set" or (kind == "few" and rng.random() < 0.3):
         held[latest] = quota[latest] + 1
 
     # What they are worth.
@@ -309,10 +314,18 @@ async def victim_and_latency(dut, shape: str) -> None:
                 expected = 4 + levels + (0 if s.demand else 2)
                 assert latency == expected, f"{latency} cycles, not {expected}, {where}"
                 seen["the walk ends at the latest layer"] += layer == s.latest
-            elif found and layer == s.load_layer and not (
-                s.current_set[expert] and layer == s.latest
+            elif (
+                found
+                and layer == s.load_layer
+                and not (s.current_set[expert] and layer == s.latest)
             ):
                 seen[f"{what} takes its own layer's"] += 1
+                tried = s.buffer.held[s.latest] > s.buffer.quota[s.latest] and any(
+                    evictable(lane) for lane in s.buffer.lane[s.latest]
+                )
+                seen[f"{what} takes its own layer's after the latest"] += tried and (
+                    layer != s.latest
+                )
             elif found:
                 seen["demand falls back to everywhere"] += 1
                 seen["demand takes from the current set"] += bool(
@@ -355,6 +368,11 @@ async def victim_and_latency(dut, shape: str) -> None:
         if config.num_experts > 1:
             wanted |= {"ties", "admitted"}
         if config.num_layers > 1:
-            wanted |= {"demand takes from another layer", "admitted"}
+            wanted |= {
+                "demand takes from another layer",
+                "admitted",
+                "demand takes its own layer's after the latest",
+                "prefetch takes its own layer's after the latest",
+            }
         missing = wanted - {name for name, count in seen.items() if count}
         assert not missing, f"{shape}: never seen: {sorted(missing)}"

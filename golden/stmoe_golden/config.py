@@ -111,6 +111,11 @@ class EngineConfig:
             )
         if self.event_depth & (self.event_depth - 1):
             raise ConfigError(f"event_depth must be a power of two, not {self.event_depth}")
+        if self.event_depth < 2 * self.event_margin:
+            raise ConfigError(
+                f"event_depth must be at least {2 * self.event_margin} (2 * (max_outstanding + "
+                f"2 * top_k + 16)), not {self.event_depth}"
+            )
         if self.prefetch_outstanding > self.max_outstanding:
             raise ConfigError(
                 f"prefetch_outstanding must be at most max_outstanding ({self.max_outstanding}), "
@@ -222,6 +227,15 @@ class EngineConfig:
     def offset_bits(self) -> int:
         """Bits of a beat offset within a slot."""
         return max(1, (self.expert_bytes // self.beat_bytes).bit_length())
+
+    @property
+    def event_margin(self) -> int:
+        """Cycles with records that may still follow once the event port holds the engine.
+
+        Each burst on its way may end, one grant and one address may be presented, and the
+        operation under way may promote K experts and cancel or start one load.
+        """
+        return self.max_outstanding + 2 * self.top_k + 16
 
     @property
     def table_bits(self) -> int:

@@ -75,8 +75,11 @@ class BurstSplitter(wiring.Component):
         An address of ``wanted`` may be presented from the next cycle on.
     issue : :py:`Out(1)`
         It will be: a burst of ``wanted`` is presented from the next cycle on.
-    final : :py:`Out(1)`
-        With ``issue``: and it is the last of its load.
+    finish, finished : :py:`Out`
+        The burst presented was the last of this transfer. In the cycle after its ``issue``, or
+        later if ``wait``.
+    wait : :py:`In(1)`
+        Put ``finish`` off; only while the transfer is still wanted.
     ar : :py:`Out(stream.Signature(...))`
         AXI read address, all registers' outputs.
     """
@@ -99,7 +102,9 @@ class BurstSplitter(wiring.Component):
                 "wanted": In(transfer),
                 "allow": In(1),
                 "issue": Out(1),
-                "final": Out(1),
+                "finish": Out(1),
+                "finished": Out(transfer),
+                "wait": In(1),
                 "ar": axi4_read_signature(config).members["ar"],
             }
         )
@@ -112,14 +117,22 @@ class BurstSplitter(wiring.Component):
         page_bits = (PAGE_BYTES // config.beat_bytes - 1).bit_length()
         burst_bits = (config.max_burst - 1).bit_length()
 
-        # Segment table: rows in block RAM, and which of them have beats in LUT RAM, so that the
-        # end of a load is known when its last address is presented, empty rows behind it or not.
+        # Segment table: rows in block RAM, except for the strides, which go on to a multiplier
+        # at once and so cannot wait for block RAM's slow output. Which rows have beats is in
+        # LUT RAM, so that the end of a load is known when its last address is presented, empty
+        # rows behind it or not.
         row_bits = config.layer_bits + (NUM_SEGMENTS - 1).bit_length()
-        m.submodules.rows = rows = Memory(
-            shape=segment_layout(config), depth=NUM_SEGMENTS * config.num_layers, init=[]
-        )
+        stride_bits = segment_layout(config)["stride"].width - beat_shift
+        depth = NUM_SEGMENTS * config.num_layers
+        row_layout = data.StructLayout({"base": word_bits, "beats": config.offset_bits})
+        m.submodules.rows = rows = Memory(shape=row_layout, depth=depth, init=[])
         rows_write = rows.write_port()
         rows_read = rows.read_port()
+        m.submodules.strides = strides = Memory(
+            shape=unsigned(stride_bits), depth=depth, init=[], attrs={"ram_style": "distributed"}
+        )
+        strides_write = strides.write_port()
+        strides_read = strides.read_port()
         m.submodules.uses = uses = Memory(
             shape=unsigned(NUM_SEGMENTS), depth=config.num_layers, init=[]
         )
@@ -129,8 +142,12 @@ class BurstSplitter(wiring.Component):
         m.d.comb += [
             self.segment_write.ready.eq(1),
             rows_write.addr.eq(Cat(written.segment, written.layer)),
-            rows_write.data.eq(written.value),
+            rows_write.data.base.eq(written.value.base[beat_shift:]),
+            rows_write.data.beats.eq(written.value.beats),
             rows_write.en.eq(self.segment_write.valid),
+            strides_write.addr.eq(rows_write.addr),
+            strides_write.data.eq(written.value.stride[beat_shift:]),
+            strides_write.en.eq(rows_write.en),
             uses_write.addr.eq(written.layer),
             uses_write.data.eq((written.value.beats != 0).replicate(NUM_SEGMENTS)),
             uses_write.en.eq(
@@ -180,11 +197,11 @@ class BurstSplitter(wiring.Component):
         left = Signal(config.offset_bits)
         begins = Signal()
         base = Signal(word_bits)
-        stride_bits = len(rows_read.data.stride) - beat_shift
         low_bits = min(STRIDE_PART_BITS, stride_bits)
         product_low = Signal(low_bits + config.expert_bits)
         product_high = Signal(stride_bits - low_bits + config.expert_bits)
         segment_ends = Signal()
+        final = Signal()
 
         switch = Signal()
         bypass = Signal()
@@ -192,7 +209,7 @@ class BurstSplitter(wiring.Component):
         picked_within = Signal()
         m.d.comb += [
             switch.eq((state == State.IDLE) | ~self.wanted_valid | (current != self.wanted)),
-            bypass.eq(self.start & self.start_next & ~(self.issue & ~self.final)),
+            bypass.eq(self.start & self.start_next & ~self.issue),
             loads_write.addr.eq(self.start_transfer),
             loads_write.data.layer.eq(self.start_layer),
             loads_write.data.expert.eq(self.start_expert),
@@ -223,7 +240,10 @@ class BurstSplitter(wiring.Component):
         for i in reversed(range(NUM_SEGMENTS)):
             with m.If(row_segments[i]):
                 m.d.comb += row_segment.eq(i)
-        m.d.comb += rows_read.addr.eq(Cat(row_segment, row_layer)[:row_bits])
+        m.d.comb += [
+            rows_read.addr.eq(Cat(row_segment, row_layer)[:row_bits]),
+            strides_read.addr.eq(rows_read.addr),
+        ]
 
         # Length of the burst, one less than its beats as AXI has it.
         here = Signal(word_bits)
@@ -231,9 +251,7 @@ class BurstSplitter(wiring.Component):
         ends_segment = Signal()
         length = Signal(8)
         m.d.comb += [
-            here.eq(
-                Mux(begins, base + product_low + (product_high << low_bits), word)
-            ),
+            here.eq(Mux(begins, base + product_low + (product_high << low_bits), word)),
             limit.eq(
                 ~here[:burst_bits]
                 | (~here[burst_bits:page_bits]).any().replicate(burst_bits)
@@ -241,7 +259,6 @@ class BurstSplitter(wiring.Component):
             ends_segment.eq(left <= limit),
             length.eq(Mux(ends_segment, left, limit)),
             self.issue.eq((state == State.ISSUE) & ~switch & ~self.ar.valid & self.allow),
-            self.final.eq(ends_segment & (segments == 0)),
         ]
         with m.If(self.issue):
             m.d.sync += [
@@ -252,6 +269,13 @@ class BurstSplitter(wiring.Component):
             ]
         with m.Elif(self.ar.ready):
             m.d.sync += self.ar.valid.eq(0)
+
+        # That it was the last burst is said one cycle later, off the path of the address.
+        m.d.comb += [
+            final.eq(segment_ends & (segments == 0)),
+            self.finish.eq((state == State.ADVANCE) & final & ~self.wait),
+            self.finished.eq(current),
+        ]
 
         advanced = Signal(progress_layout)
         advance = Signal()
@@ -306,11 +330,11 @@ class BurstSplitter(wiring.Component):
             with m.Switch(state):
                 with m.Case(State.ROW):
                     row = rows_read.data
-                    stride = row.stride[beat_shift:]
+                    stride = strides_read.data
                     m.d.sync += [
                         state.eq(State.ISSUE),
                         begins.eq(1),
-                        base.eq(row.base[beat_shift:]),
+                        base.eq(row.base),
                         product_low.eq(stride[:low_bits] * expert),
                         product_high.eq(stride[low_bits:] * expert),
                         left.eq(row.beats - 1),
@@ -318,13 +342,15 @@ class BurstSplitter(wiring.Component):
                 with m.Case(State.ISSUE):
                     with m.If(self.issue):
                         m.d.sync += [
-                            state.eq(Mux(self.final, State.IDLE, State.ADVANCE)),
+                            state.eq(State.ADVANCE),
                             word.eq(here),
                             segment_ends.eq(ends_segment),
                         ]
                 with m.Case(State.ADVANCE):
                     m.d.sync += [word.eq(advanced.word), left.eq(advanced.left), begins.eq(0)]
-                    with m.If(segment_ends):
+                    with m.If(final):
+                        m.d.sync += state.eq(Mux(self.wait, State.ADVANCE, State.IDLE))
+                    with m.Elif(segment_ends):
                         m.d.sync += [
                             state.eq(State.ROW),
                             segments.eq(_without_lowest(segments)),

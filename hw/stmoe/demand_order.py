@@ -63,6 +63,7 @@ class DemandOrder(wiring.Component):
 
         leaves = Signal(depth)
         closes = Signal(depth)  # entries from the one that leaves on
+        kept = Signal(depth)
         m.d.comb += [
             leaves.eq(
                 Cat(
@@ -72,15 +73,13 @@ class DemandOrder(wiring.Component):
                 | self.pop
             ),
             closes.eq(Cat(leaves[: i + 1].any() for i in range(depth))),
+            kept.eq(Mux(leaves.any(), used[1:], used)),
         ]
-        kept = Signal(depth)
-        m.d.comb += kept.eq(Mux(leaves.any(), used[1:], used))
         for i, entry in enumerate(entries):
-            after = entries[i + 1] if i + 1 < depth else entry
-            with m.If(self.push & ~kept[i]):
-                m.d.sync += entry.eq(self.push_index)
-            with m.Elif(closes[i]):
-                m.d.sync += entry.eq(after)
+            # Entries that are not in use follow `push_index`, pushed or not.
+            after = entries[i + 1] if i + 1 < depth else self.push_index
+            with m.If(closes[i] | ~kept[i]):
+                m.d.sync += entry.eq(Mux(kept[i], after, self.push_index))
         m.d.sync += used.eq(Mux(self.push, Cat(1, kept), kept))
         with m.If(self.clear):
             m.d.sync += used.eq(0)

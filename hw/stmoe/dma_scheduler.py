@@ -71,9 +71,9 @@ class DmaScheduler(wiring.Component):
     anew for every burst: a prefetch address that follows a demand is on the bus one cycle after
     the demand was taken, at the latest.
 
-    **End.** A transfer ends when it has no burst left to issue and no beat owed; its completion is
-    queued in the next cycle. Transfers that end within a few cycles of each other may change
-    places. A load of a layer without beats is DONE at once.
+    **End.** A transfer ends when it has no burst left to issue and no beat owed; its completion
+    stands on ``completion`` three cycles later if none is before it. Transfers that end within a
+    few cycles of each other may change places. A load of a layer without beats is DONE at once.
 
     **Cancel.** Nothing more is presented and beats owed are discarded, from the cycle after
     `cancel` on; only a beat that already stands on ``fill`` stays there until it is taken.
@@ -132,7 +132,8 @@ class DmaScheduler(wiring.Component):
     axi : :py:`Out(axi4_read_signature(config))`
         ``ar`` and ``r.ready`` are registers' outputs.
     fill : :py:`Out(stream.Signature(fill_layout(config)))`
-        Every beat that is not discarded, two cycles after it was on the bus at the earliest...
+        Every beat that is not discarded, one cycle after it was on the bus at the earliest.
+        ``fill.valid`` and the payload are combinational from registers and LUT RAM.
     record_burst, record_last, record_retry : :py:`Out`
         For the event port, see the layouts. A promotion shows in the records of the next cycle.
     discard : :py:`Out(1)`
@@ -284,10 +285,9 @@ class DmaScheduler(wiring.Component):
         # Cancel and promote ---
         late = Signal(count)
         cancel_here = Signal(count)
-        cancels = Signal()
         promote_here = Signal(count)
         promote_issues = Signal()
-        prefetch_issues = Signal()
+        finish_here = Signal(count)
         ending = Signal(count)
         m.d.comb += [
             ending.eq(~unissued & (nothing_owed | (last_owed & last_here) | lost)),
@@ -299,10 +299,10 @@ class DmaScheduler(wiring.Component):
                 | expire.replicate(count)
             ),
             self.cancel_late.eq(late.bit_select(self.cancel_transfer, 1)),
+            # Only `cancelled` looks at `late`: what is late has no bursts left in any case.
             cancel_here.eq(
-                _one_hot(self.cancel_transfer, count) & ~late & self.cancel.replicate(count)
+                _one_hot(self.cancel_transfer, count) & self.cancel.replicate(count)
             ),
-            cancels.eq(cancel_here.any()),
             promote_here.eq(
                 _one_hot(self.promote_transfer, count)
                 & used & ~ended & ~given_up & ~cancelled & ~demand & ~cancel_here
@@ -310,13 +310,16 @@ class DmaScheduler(wiring.Component):
             ),
             promote_issues.eq(
                 prefetch_valid
-                & (promote_here & _one_hot(prefetch, count)).any()
-                & ~(prefetch_issues & splitter.final)
+                & (promote_here & _one_hot(prefetch, count) & ~finish_here).any()
             ),
         ]
 
         # Issue ---
+        # The transfer whose last burst has been presented is the head of the order or, if it is
+        # not there, `prefetch`; a promotion in the cycle of its last issue leaves it at the head.
         issue_here = Signal(count)
+        prefetch_issues = Signal()
+        finishes_head = (splitter.finished == order.head) & order.valid
         m.d.comb += [
             splitter.wanted_valid.eq(order.valid | prefetch_valid),
             splitter.wanted.eq(Mux(order.valid, order.head, prefetch)),
@@ -324,11 +327,16 @@ class DmaScheduler(wiring.Component):
                 (outstanding != config.max_outstanding)
                 & (order.valid | (prefetch_outstanding < config.prefetch_outstanding))
                 & ~self.hold
-                & ~cancels
+                & ~self.cancel
                 & ~expire
             ),
             issue_here.eq(_one_hot(splitter.wanted, count) & splitter.issue.replicate(count)),
             prefetch_issues.eq(splitter.issue & ~order.valid),
+            # One leaves the order in a cycle.
+            splitter.wait.eq(self.cancel & finishes_head),
+            finish_here.eq(
+                _one_hot(splitter.finished, count) & splitter.finish.replicate(count)
+            ),
         ]
 
         # End ---
@@ -340,24 +348,35 @@ class DmaScheduler(wiring.Component):
         ends_here = Signal(count)
         chosen_prefetch = Signal()
         retry_blocked = Signal()
+        retrying = Signal()
         m.d.comb += [
             at_end.eq(used & ~ended & (given_up | (~unissued & (nothing_owed | lost)))),
             wants_retry.eq(failed & may_retry & ~cancelled & ~given_up),
         ]
+        # One is looked for in one cycle and dealt with in the next, if that is possible then.
         candidates = Signal(count)
+        found = Signal()
         m.d.comb += candidates.eq(
-            at_end & ~(wants_retry & ~demand & prefetch_valid.replicate(count))
+            at_end & ~chosen_here & ~(wants_retry & ~demand & prefetch_valid.replicate(count))
         )
+        m.d.sync += found.eq(candidates.any())
         for t in reversed(range(count)):
             with m.If(candidates[t]):
-                m.d.comb += [chosen.eq(t), chosen_here.eq(1 << t)]
+                m.d.sync += chosen.eq(t)
+        chosen_retries = (chosen_here & wants_retry).any()
         m.d.comb += [
+            chosen_here.eq(_one_hot(chosen, count) & found.replicate(count)),
             chosen_prefetch.eq(~(chosen_here & demand).any()),
             # One push into the demand order, one write of the retry count in a cycle.
-            retry_blocked.eq(started | self.promote | expire),
-            retries_here.eq(
-                chosen_here & wants_retry & ~cancel_here & ~retry_blocked.replicate(count)
+            retry_blocked.eq(
+                started
+                | self.promote
+                | self.cancel
+                | expire
+                | (chosen_prefetch & prefetch_valid)
             ),
+            retrying.eq(chosen_retries & ~retry_blocked),
+            retries_here.eq(chosen_here & retrying.replicate(count)),
             ends_here.eq(chosen_here & ~wants_retry),
         ]
 
@@ -399,12 +418,10 @@ class DmaScheduler(wiring.Component):
                 retries_read.addr.eq(chosen),
                 retries_write.addr.eq(Mux(started, self.start_transfer, chosen)),
                 retries_write.data.eq(Mux(started, 0, retries_read.data + 1)),
-                retries_write.en.eq(started | retries_here.any()),
+                retries_write.en.eq(started | retrying),
                 last_retry.eq(retries_read.data == retry_limit - 1),
             ]
-        retrying = Signal()
         m.d.comb += [
-            retrying.eq(retries_here.any()),
             splitter.restart.eq(retrying),
             splitter.restart_transfer.eq(chosen),
         ]
@@ -423,8 +440,8 @@ class DmaScheduler(wiring.Component):
                     Mux(self.promote, self.promote_transfer, chosen),
                 )
             ),
-            order.pop.eq(splitter.issue & splitter.final & order.valid),
-            order.remove.eq(cancels),
+            order.pop.eq(splitter.finish & finishes_head),
+            order.remove.eq(self.cancel),
             order.remove_index.eq(self.cancel_transfer),
             order.clear.eq(expire),
         ]
@@ -433,8 +450,7 @@ class DmaScheduler(wiring.Component):
         with m.Elif(retrying & chosen_prefetch):
             m.d.sync += [prefetch_valid.eq(1), prefetch.eq(chosen)]
         with m.Elif(
-            (prefetch_issues & splitter.final)
-            | ((cancel_here | promote_here) & _one_hot(prefetch, count)).any()
+            ((finish_here | cancel_here | promote_here) & _one_hot(prefetch, count)).any()
             | expire
         ):
             m.d.sync += prefetch_valid.eq(0)
@@ -475,7 +491,6 @@ class DmaScheduler(wiring.Component):
         all_dead = self.dead.replicate(count)
         begins_here = start_here | retries_here
         issues_here = start_here & start_issues.replicate(count)
-        finals_here = issue_here & splitter.final.replicate(count)
         retry_allowed = Signal(count)
         m.d.comb += retry_allowed.eq(
             start_here & ~all_dead if retry_limit else 0
@@ -485,7 +500,7 @@ class DmaScheduler(wiring.Component):
             update(ended, clear=freed_here, set=ends_here),
             update(
                 unissued,
-                clear=finals_here | cancel_here | expired_here,
+                clear=finish_here | cancel_here | expired_here,
                 set=issues_here | retries_here,
             ),
             update(
@@ -493,7 +508,7 @@ class DmaScheduler(wiring.Component):
                 clear=start_here,
                 set=promote_here | (start_here & ~self.start.payload.prefetch.replicate(count)),
             ),
-            update(cancelled, clear=start_here, set=cancel_here),
+            update(cancelled, clear=start_here, set=cancel_here & ~late),
             update(failed, clear=begins_here, set=error_here | (start_here & all_dead)),
             update(
                 may_retry,

@@ -11,32 +11,23 @@ from stmoe_golden.config import EngineConfig
 from .payloads import CONTEXT_BITS, CYCLE_BITS, event_layout
 from .slot_manager import record_layout
 
-__all__ = ["SOURCES", "EventPort", "hold_margin"]
+__all__ = ["SOURCES", "EventPort"]
 
 SOURCES = ("last_beat", "retry", "operation", "selection", "burst", "grant")
 """Where records come from, in the order they have within one cycle."""
-
-
-def hold_margin(config: EngineConfig) -> int:
-    """Cycles with records that may still follow once the engine is held.
-
-    Each burst on its way may end, one grant and one address may be presented, and the operation
-    under way may promote K experts and cancel or start one load.
-    """
-    return config.max_outstanding + 2 * config.top_k + 16
 
 
 class EventPort(wiring.Component):
     """Collects the records of a cycle and delivers them one at a time.
 
     All records of one cycle enter a FIFO as one entry and leave in the order of :data:`SOURCES`.
-    When fewer than :func:`hold_margin` entries are left, ``hold`` keeps the engine from beginning
+    When fewer than ``event_margin`` entries are left, ``hold`` keeps the engine from beginning
     anything new, so no record is ever lost.
 
     Parameters
     ----------
     config : :class:`EngineConfig`
-        Uses ``event_depth``.
+        Uses ``event_depth`` and ``event_margin``.
 
     Members
     -------
@@ -47,7 +38,7 @@ class EventPort(wiring.Component):
     events : Out
         Records with their cycle (:func:`stmoe.payloads.event_layout`).
     hold : Out
-        Fewer than ``hold_margin`` entries are left.
+        Fewer than ``event_margin`` entries are left.
     """
 
     def __init__(self, config: EngineConfig):
@@ -77,7 +68,8 @@ class EventPort(wiring.Component):
             queue.w_data.eq(incoming),
             queue.w_en.eq(Cat(incoming[name].valid for name in SOURCES).any()),
         ]
-        m.d.sync += self.hold.eq(queue.level >= c.event_depth - hold_margin(c))
+        # A record reaches `level` two cycles after it was sent, and `hold` is a register.
+        m.d.sync += self.hold.eq(queue.level >= c.event_depth - c.event_margin - 2)
 
         head = Signal(entry)
         waiting = Signal(len(SOURCES))

@@ -84,7 +84,7 @@ class VictimChooser(wiring.Component):
     Members
     -------
     start : In
-        One cycle; the other inputs hold until ``done``.
+        One cycle; the other inputs hold until ``done``, ``demand`` until the answer is used.
     demand, load_layer, load_expert, latest_layer, current_set : In
     row_layer, row : Out, In
         The expert map's row port; also the address of ``score`` and ``use``.

@@ -99,9 +99,7 @@ class Accelerator(wiring.Component):
 
         # Grants wait here until they have run: the head is the expert that runs.
         entry_layout = data.StructLayout({"slot": config.slot_bits, "error": 1})
-        m.submodules.granted = granted = fifo.SyncFIFO(
-            width=entry_layout.size, depth=config.top_k
-        )
+        m.submodules.granted = granted = fifo.SyncFIFO(width=entry_layout.size, depth=config.top_k)
         # A layer's releases may wait for jitter while the next layer already runs.
         m.submodules.done = done = fifo.SyncFIFO(width=config.slot_bits, depth=2 * config.top_k)
         m.submodules.grant_stall = grant_stall = RandomStall(1)

@@ -156,9 +156,7 @@ class ContentChecker(wiring.Component):
         entry_layout = data.StructLayout(
             {"start": config.axi_addr_width, "beats": config.offset_bits}
         )
-        m.submodules.slots = slots = Memory(
-            shape=entry_layout, depth=config.num_slots, init=[]
-        )
+        m.submodules.slots = slots = Memory(shape=entry_layout, depth=config.num_slots, init=[])
         write = slots.write_port()
         # Beats of one slot may follow each other without a gap, and a grant may follow the last.
         fill_read = slots.read_port(transparent_for=(write,))
@@ -179,9 +177,7 @@ class ContentChecker(wiring.Component):
         m.d.comb += [
             fill_read.addr.eq(self.fill.payload.slot),
             begun.eq(self._address_of(beat.data)),
-            wanted.eq(
-                Mux(first, begun, fill_read.data.start + (beat.offset << beat_shift))
-            ),
+            wanted.eq(Mux(first, begun, fill_read.data.start + (beat.offset << beat_shift))),
             write.addr.eq(beat.slot),
             write.en.eq(filled),
             write.data.start.eq(Mux(first, begun, fill_read.data.start)),

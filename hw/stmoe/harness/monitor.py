@@ -154,9 +154,7 @@ class Monitor(wiring.Component):
         fault("bad_burst", Fault.BAD_BURST, ar.id, ar.len, ar.addr)
         fault("orphan_beat", Fault.ORPHAN_BEAT, self.r.payload.id)
         fault("unasked_grant", Fault.UNASKED_GRANT, grant.slot, grant.layer, grant.expert)
-        fault(
-            "content", Fault.CONTENT, self.content_slot, self.content_beats, self.content_address
-        )
+        fault("content", Fault.CONTENT, self.content_slot, self.content_beats, self.content_address)
         fault("held", Fault.FILL_WHILE_HELD, self.fill.payload.slot, self.fill.payload.offset)
         fault("unheld", Fault.UNHELD_RELEASE, self.release.payload.slot)
 
@@ -218,9 +216,7 @@ class Monitor(wiring.Component):
             offered = Signal(name=f"{kind.name.lower()}_offered")
             last = Signal(len(payload), name=f"{kind.name.lower()}_last")
             m.d.sync += [offered.eq(bus.valid & ~bus.ready), last.eq(payload)]
-            fault(
-                f"unstable_{kind.name.lower()}", offered & (~bus.valid | (payload != last))
-            )
+            fault(f"unstable_{kind.name.lower()}", offered & (~bus.valid | (payload != last)))
 
         # AXI.
         ar, r = self.ar.payload, self.r.payload
@@ -346,8 +342,11 @@ class LogPrinter(Elaboratable):
             line(monitor.finished, "K", monitor.tokens_finished)
             line(monitor.irq_edge, "I", monitor.irq)
             line(
-                monitor.register_write, "W",
-                monitor.register_address, monitor.register_data, monitor.register_strobes,
+                monitor.register_write,
+                "W",
+                monitor.register_address,
+                monitor.register_data,
+                monitor.register_strobes,
             )
         for seen, code, fields in monitor.faults.values():
             line(seen, "X", *((code, *fields, 0, 0, 0)[:4]))
@@ -357,8 +356,14 @@ class LogPrinter(Elaboratable):
                 m.d.sync += Print(
                     Format(
                         "@E {:x} {:x} {:x} {:x} {:x} {:x} {:x} {:x}",
-                        event.cycle, Value.cast(event.kind), event.context, event.layer,
-                        event.expert, event.slot, event.flag, event.data,
+                        event.cycle,
+                        Value.cast(event.kind),
+                        event.context,
+                        event.layer,
+                        event.expert,
+                        event.slot,
+                        event.flag,
+                        event.data,
                     )
                 )
         return m

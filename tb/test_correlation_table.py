@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CorrelationTable: rows that learn in a pipeline, saturating, and are clear after reset."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import cocotb
+import pytest
+from cocotb.clock import Clock
+from cocotb.triggers import FallingEdge, RisingEdge
+
+from simulation import run_bench, seeds
+from stmoe.correlation_table import CorrelationTable
+from stmoe.learner import DELTA_BITS
+from stmoe_golden.predictor import clip
+
+# Narrow weights, so that they reach both ends.
+ROWS, LANES, WIDTH = 6, 3, 4
+
+
+def test_rows_learn_as_in_golden() -> None:
+    run_bench(
+        CorrelationTable(rows=ROWS, lanes=LANES, width=WIDTH),
+        "correlation_table",
+        Path(__file__).stem,
+        env={"SEEDS": json.dumps(seeds())},
+    )
+
+
+@pytest.mark.filterwarnings("ignore::amaranth.hdl.UnusedElaboratable")
+def test_wrong_parameters_are_refused() -> None:
+    with pytest.raises(ValueError, match="rows must be 1 or more, not 0"):
+        CorrelationTable(rows=0, lanes=3, width=4)
+    with pytest.raises(ValueError, match="lanes must be 1 or more, not '3'"):
+        CorrelationTable(rows=1, lanes="3", width=4)
+    with pytest.raises(ValueError, match="width must be 3 or more, not 2"):
+        CorrelationTable(rows=1, lanes=3, width=2)
+
+
+SEEDS = json.loads(os.environ.get("SEEDS", "[1]"))
+MAX = (1 << (WIDTH - 1)) - 1
+
+
+def packed(values: list[int], width: int) -> int:
+    return sum((v & ((1 << width) - 1)) << (width * i) for i, v in enumerate(values))
+
+
+@cocotb.test(timeout_time=2, timeout_unit="ms")
+async def rows_learn_as_in_golden(dut) -> None:
+    """Any row in any cycle; only the distance that learning asks for is kept."""
+    cocotb.start_soon(Clock(dut.clk, 10, unit="ns").start())
+    ends = set()
+    for seed in SEEDS:
+        dut._log.warning("seed %d", seed)
+        rng = random.Random(seed)
+        dut.learn.value = 0
+        dut.rst.value = 1
+        for _ in range(3):
+            await RisingEdge(dut.clk)
+        dut.rst.value = 0
+        for _ in range(ROWS + 1):
+            await FallingEdge(dut.clk)
+            dut.row.value = rng.randrange(ROWS)
+            dut.delta.value = rng.getrandbits(DELTA_BITS * LANES)
+            clear = int(dut.clear_done.value)
+            if clear:
+                break
+            await RisingEdge(dut.clk)
+        assert clear, f"not clear {ROWS + 1} cycles after reset"
+        await RisingEdge(dut.clk)
+
+        table = [[0] * LANES for _ in range(ROWS)]
+        free = [0] * ROWS  # the cycle from which on a row may be presented again
+        before = None  # (row, learn) presented in the last cycle
+        bias = [rng.choice((-1, 1)) for _ in range(LANES)]
+        for now in range(500):
+            if now % 60 == 0:
+                bias = [rng.choice((-1, 1)) for _ in range(LANES)]
+            row = rng.choice([r for r in range(ROWS) if free[r] <= now])
+            learn = rng.random() < 0.6
+            delta = [rng.randint(0, 3) * b if rng.random() < 0.8 else rng.randint(-3, 3)
+                     for b in bias]  # fmt: skip
+            dut.row.value, dut.learn.value = row, int(learn)
+            dut.delta.value = packed(delta, DELTA_BITS)
+            await FallingEdge(dut.clk)
+            if before:
+                read, learnt = before
+                assert int(dut.weights.value) == packed(table[read], WIDTH), f"row {read}"
+                if learnt:
+                    table[read] = [
+                        clip(w + d, MAX) for w, d in zip(table[read], delta, strict=True)
+                    ]
+                    ends.update(table[read])
+            if learn:
+                free[row] = now + 3
+            before = (row, learn)
+            await RisingEdge(dut.clk)
+        dut.learn.value = 0
+    assert {MAX, -MAX - 1} <= ends, "the weights never saturated"
