@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import inspect
 import json
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +59,7 @@ OUTPUTS = (
 
 
 class Event(NamedTuple):
-    """A record of the engine's event port."""
+    """A record of the engine's event port; ``delivered`` is the cycle of its handshake."""
 
     cycle: int
     kind: int
@@ -67,6 +69,7 @@ class Event(NamedTuple):
     slot: int
     flag: int
     data: int
+    delivered: int = 0
 
     def __str__(self) -> str:
         return (
@@ -519,6 +522,34 @@ def run_simulation(
     if said:
         raise SimulationError(f"{'; '.join(said)} (in {out_dir})", run)
     return run
+
+
+@contextlib.contextmanager
+def _shown(path: Path, wanted: bool) -> Iterator[None]:
+    """Copy the lines that the simulation appends to ``path`` to standard error as they come."""
+    path.unlink(missing_ok=True)
+    path.touch()
+    over = threading.Event()
+
+    def copy() -> None:
+        with open(path) as file:
+            while True:
+                last = over.is_set()
+                sys.stderr.write(file.read())
+                sys.stderr.flush()
+                if last:
+                    return
+                over.wait(0.3)
+
+    thread = threading.Thread(target=copy, daemon=True)
+    if wanted:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if wanted:
+            thread.join()
 
 
 def _simulate(folder: Path, out_dir: Path, settings: dict[str, Any], waves: bool) -> bool:

@@ -170,7 +170,7 @@ class Harness(wiring.Component):
         m.submodules.fill_stall = fill_stall = RandomStall(3)
         m.d.comb += [fill_stall.seed.eq(self.jitter), engine.fill.ready.eq(~fill_stall.stall)]
         if config.event_port:
-            m.submodules.event_stall = event_stall = RandomStall(4, length_bits=9)
+            m.submodules.event_stall = event_stall = RandomStall(4, length_bits=5)
             m.d.comb += [
                 event_stall.seed.eq(self.jitter),
                 engine.events.ready.eq(~event_stall.stall),

@@ -299,7 +299,8 @@ class LogPrinter(Elaboratable):
     ``@W``    address data strobes                     a register is written (address and data)
     ``@I``    level                                    ``irq`` is new
     ``@X``    what a b c (:class:`Fault`)              a check failed
-    ``@E``    kind context layer expert slot flag data handshake of ``event``
+    ``@E``    kind context layer expert slot flag data handshake of ``event``, whose cycle is the
+                                                       last field
     ========  =======================================  =====================================
 
     Parameters
@@ -355,7 +356,7 @@ class LogPrinter(Elaboratable):
             with m.If(self.events & took[Watched.EVENT]):
                 m.d.sync += Print(
                     Format(
-                        "@E {:x} {:x} {:x} {:x} {:x} {:x} {:x} {:x}",
+                        "@E {:x} {:x} {:x} {:x} {:x} {:x} {:x} {:x} {:x}",
                         event.cycle,
                         Value.cast(event.kind),
                         event.context,
@@ -364,6 +365,7 @@ class LogPrinter(Elaboratable):
                         event.slot,
                         event.flag,
                         event.data,
+                        cycle,
                     )
                 )
         return m
