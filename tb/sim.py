@@ -109,6 +109,7 @@ def check_run(run: Any, config: EngineConfig) -> tuple[int, dict[str, list[int]]
         grants=run.grants,
         addresses=run.ar,
         last_beats=run.last_beats,
+        fills=run.filled,
         counters=[counter.name for counter in COUNTERS],
     )
     checked = checker.run(run.events)

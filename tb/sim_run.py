@@ -128,6 +128,13 @@ class LastBeat(NamedTuple):
     resp: int
 
 
+class Filled(NamedTuple):
+    """Handshake of ``fill`` with a slot's last beat."""
+
+    cycle: int
+    slot: int
+
+
 class Finished(NamedTuple):
     """Last cycle of the last expert of a token."""
 
@@ -169,6 +176,7 @@ LINES: dict[str, tuple[str, type]] = {
     "L": ("releases", Release),
     "A": ("ar", Burst),
     "D": ("last_beats", LastBeat),
+    "F": ("filled", Filled),
     "K": ("finished", Finished),
     "I": ("irq", Irq),
     "W": ("writes", Write),
@@ -194,6 +202,7 @@ class SimulationLog:
     releases: list[Release] = field(default_factory=list)
     ar: list[Burst] = field(default_factory=list)
     last_beats: list[LastBeat] = field(default_factory=list)
+    filled: list[Filled] = field(default_factory=list)
     finished: list[Finished] = field(default_factory=list)
     irq: list[Irq] = field(default_factory=list)
     writes: list[Write] = field(default_factory=list)

@@ -28,6 +28,7 @@ def test_rows_learn_as_in_golden() -> None:
         "correlation_table",
         Path(__file__).stem,
         env={"SEEDS": json.dumps(seeds())},
+        build_args=["-CFLAGS", "-O0"],  # the build takes longer than the run
     )
 
 

@@ -160,6 +160,8 @@ class Reference:
         self.silence = 0
         self.dead = False
         self.lost: list[Load] = []
+        self.stale: list[tuple[int, list[Load]]] = []
+        self.waited = {"address": 0, "start": 0, "prefetch_ready": 0}
         self.count: dict[str, int] = {}
 
     def note(self, what: str) -> None:
@@ -168,9 +170,7 @@ class Reference:
     def on_their_way(self, *, prefetch: bool) -> int:
         loads = [*self.loads.values(), *(x for x in self.lost if self.loads.get(x.transfer) != x)]
         return sum(
-            load.presented - load.finished_on_bus
-            for load in loads
-            if load.prefetch or not prefetch
+            load.presented - load.finished_on_bus for load in loads if load.prefetch or not prefetch
         )
 
     def taken_beat(self, fill_ready: bool):
@@ -184,6 +184,37 @@ class Reference:
         if gone or fill_ready:
             return self.register[0], gone
         return None, False
+
+    def wait(self, what: str, could: bool, did: bool) -> None:
+        """Something that may happen must happen within a few cycles."""
+        self.waited[what] = self.waited[what] + 1 if could and not did else 0
+        assert self.waited[what] <= 10 + 2 * self.config.transfers, f"no {what} for long"
+
+    def check_progress(self, i: dict, o: dict) -> None:
+        """Neither an address nor a start that the contract allows is held back."""
+        config = self.config
+        loads = self.loads.values()
+        self.stale = [(t, x) for t, x in self.stale if any(y.unissued for y in x)]
+        taken = {*self.loads, *(x.transfer for x in self.lost), *(t for t, _ in self.stale)}
+        free = len(taken) < config.transfers or (o["dead"] and len(loads) < config.transfers)
+        waiting = [x for x in loads if x.unissued]
+        demands = any(not x.prefetch for x in waiting)
+        owed = sum(x.presented - x.finished for x in [*loads, *self.lost])
+        owed_prefetch = sum(x.presented - x.finished for x in [*loads, *self.lost] if x.prefetch)
+        room = demands or owed_prefetch < config.prefetch_outstanding
+        self.wait(
+            "address",
+            bool(waiting) and owed < config.max_outstanding and room and not i["hold"],
+            o["ar_valid"],
+        )
+        idle = not any(x.prefetch and (x.unissued or x.failed) for x in loads)
+        prefetch = i["start_valid"] and i["start"]["prefetch"]
+        self.wait("start", i["start_valid"] and free and (idle or not prefetch), o["start_ready"])
+        self.wait(
+            "prefetch_ready",
+            free and idle and not o["dead"] and owed_prefetch < config.prefetch_outstanding,
+            o["prefetch_ready"],
+        )
 
     def retries_left(self, load: Load) -> bool:
         return load.retries < self.config.retry_limit
@@ -212,12 +243,7 @@ class Reference:
         assert o["busy"] == bool(self.loads), "busy"
         assert o["dead"] == self.dead, "dead"
         expires = self.silence == config.watchdog_cycles
-        active = (
-            (o["ar_valid"] and i["ar_ready"])
-            or i["r_valid"]
-            or bool(self.register)
-            or expires
-        )
+        active = (o["ar_valid"] and i["ar_ready"]) or i["r_valid"] or bool(self.register) or expires
 
         # Presented addresses ---
         stands = before is not None and before[1]["ar_valid"] and not before[0]["ar_ready"]
@@ -270,6 +296,7 @@ class Reference:
         assert o["r_ready"] == (len(self.register) < 2), "r.ready"
         beat, discarded = self.taken_beat(i["fill_ready"])
         assert o["fill_valid"] == (bool(self.register) and not discarded), "fill.valid"
+        assert o["discard"] == (beat is not None and discarded), "discard"
         if o["fill_valid"]:
             load = self.register[0].load
             want = {"slot": load.slot, "offset": load.received, "data": self.register[0].data}
@@ -318,6 +345,10 @@ class Reference:
             if late and target is not None and target.ended_at == self.now:
                 self.note("cancel with the last beat")
             if not late:
+                if target in self.order:
+                    earlier = self.order[: self.order.index(target)]
+                    self.stale.append((target.transfer, earlier))
+                    self.note("cancel of a demand in the order")
                 target.cancelled_at = self.now
                 self.order = [other for other in self.order if other is not target]
                 self.settle(target)
@@ -378,9 +409,9 @@ class Reference:
             assert load.ended and load.ended_at < self.now, f"{load} has not ended"
             assert done["status"] == load.status, f"{load} ended with {done['status']}"
             for other in self.loads.values():
-                assert (
-                    not other.ended or other.ended_at > load.ended_at - config.transfers
-                ), "completions out of order"
+                assert not other.ended or other.ended_at > load.ended_at - config.transfers, (
+                    "completions out of order"
+                )
             self.note(f"status {load.status}")
         if i["start_valid"] and o["start_ready"]:
             load = i["start"]
@@ -409,6 +440,7 @@ class Reference:
             if not new.bursts:
                 self.end(new, ERROR if o["dead"] else DONE)
                 self.note("refused load" if o["dead"] else "empty load")
+        self.check_progress(i, o)
         self.previous = (i, o)
         self.now += 1
 
@@ -473,6 +505,7 @@ class Bench:
             "prefetch_ready": "prefetch_ready",
             "busy": "busy",
             "dead": "dead",
+            "discard": "discard",
         }
 
     def drive(self, name: str, value: int) -> None:
@@ -635,7 +668,7 @@ def start_clock(dut) -> None:
 async def random_traffic(bench: Bench, cycles: int) -> None:
     """Loads, cancels and promotions at random, biased to the moments that matter."""
     rng, ref, config = bench.rng, bench.reference, bench.config
-    p_start = rng.choice((0.02, 0.1, 0.5))
+    p_start = rng.choice((0.05, 0.2, 1.0))
     p_prefetch = rng.choice((0.3, 0.6, 0.9))
     p_cancel = rng.choice((0.0, 0.01, 0.05))
     p_promote = rng.choice((0.0, 0.01, 0.05))
@@ -647,14 +680,21 @@ async def random_traffic(bench: Bench, cycles: int) -> None:
     p_mix = rng.choice((0.0, 0.1, 1.0))
     p_error = rng.choice((0.0, 0.002, 0.03))
     longest = rng.choice((1, 8, 100))
+    crowd = rng.choice((2, config.transfers - 1, config.transfers))
+    # In every third run the memory falls silent until a watchdog has seen it.
+    silent_from = rng.randrange(cycles) if rng.random() < 0.33 else None
+    mute_address = rng.random() < 0.5
     ids = range(config.transfers)
     for step in itertools.count():
-        if step >= cycles and not ref.loads and bench.pending is None and bench.r is None:
+        silent = silent_from is not None and step >= silent_from and not ref.count.get("watchdog")
+        answered = not any(bench.memory.values()) and not bench.seen.get("ar_valid")
+        if step >= cycles and not ref.loads and bench.pending is None and answered and not bench.r:
             break
         assert step < 20 * cycles, f"not finished after {step} cycles: {ref.loads}"
         going = step < cycles
         start = cancel = promote = None
-        if going and bench.pending is None and rng.random() < p_start:
+        wants = bench.pending is None and len(ref.loads) < crowd
+        if going and wants and rng.random() < p_start:
             prefetch = int(rng.random() < p_prefetch)
             # A manager asks `prefetch_ready` first; now and then it does not.
             if not prefetch or bench.seen.get("prefetch_ready") or rng.random() < 0.1:
@@ -667,9 +707,9 @@ async def random_traffic(bench: Bench, cycles: int) -> None:
         fill_ready = int(rng.random() < p_fill)
         prefetches = [t for t, x in ref.loads.items() if x.prefetch and not x.ended]
         beat, gone = ref.taken_beat(fill_ready)
-        if beat is not None and not gone and beat.last and beat.load.prefetch:
-            near_end = beat.load.finished + 1 == len(beat.load.bursts)
-            if near_end and p_cancel and rng.random() < 0.3:
+        if beat is not None and not gone and beat.last and going:
+            at_end = beat.load.finished + 1 == len(beat.load.bursts)
+            if at_end and p_cancel and rng.random() < 0.4:
                 cancel = beat.load.transfer
         if cancel is None and rng.random() < p_cancel:
             cancel = rng.choice(prefetches) if prefetches and rng.random() < 0.8 else None
@@ -677,16 +717,20 @@ async def random_traffic(bench: Bench, cycles: int) -> None:
                 cancel = rng.choice(ids)
         if prefetches and rng.random() < p_promote:
             promote = rng.choice(prefetches)
-        bench.next_r(
-            latency_over=lambda burst: burst.due <= ref.now, gap=p_gap, mix=p_mix, errors=p_error
-        )
+        if not silent:
+            bench.next_r(
+                latency_over=lambda burst: burst.due <= ref.now,
+                gap=p_gap,
+                mix=p_mix,
+                errors=p_error,
+            )
         await bench.cycle(
             start=start,
             cancel=cancel,
             promote=promote,
             idle_target=rng.randrange(config.transfers),
             hold=int(rng.random() < p_hold),
-            ar_ready=int(rng.random() < p_ar),
+            ar_ready=int(rng.random() < p_ar and not (silent and mute_address)),
             fill_ready=fill_ready,
             completion_ready=int(rng.random() < p_completion),
             latency=rng.randint(1, longest),
@@ -719,6 +763,7 @@ async def random_loads(dut):
         needed = ["prefetch burst", "demand burst", "cancel", "late cancel"]
         needed += ["cancel with the last beat", "drained at once", "promote", "empty load"]
         needed += ["promote with bursts left", "status 0", "status 1", "status 2"]
+        needed += ["cancel of a demand in the order", "watchdog", f"status {TIMEOUT}"]
         needed += ["retry", "retry of a prefetch"] if config.retry_limit else []
         for what in needed:
             assert total.get(what), f"never happened: {what}"

@@ -23,9 +23,16 @@ CONFIG = EngineConfig(num_layers=5, num_experts=7, top_k=3, quota=2)
 
 
 def test_history_is_golden() -> None:
-    run_bench(History(CONFIG), "history", Path(__file__).stem, env={"SEEDS": json.dumps(seeds())})
+    run_bench(
+        History(CONFIG),
+        "history",
+        Path(__file__).stem,
+        env={"SEEDS": json.dumps(seeds())},
+        build_args=["-CFLAGS", "-O0"],  # the build takes longer than the run
+    )
 
 
+@pytest.mark.filterwarnings("ignore::amaranth.hdl.UnusedElaboratable")
 def test_wrong_parameters_are_refused() -> None:
     with pytest.raises(TypeError, match="config must be an EngineConfig, not 'tiny'"):
         History("tiny")

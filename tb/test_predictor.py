@@ -20,6 +20,7 @@ from stmoe.predictor import Predictor, route_layout, token_layout
 from stmoe_golden.config import USE_BITS, EngineConfig, preset
 from stmoe_golden.predictor import Predictor as Golden
 from stmoe_golden.predictor import params_of
+from test_selector import Prefixed, SideBySide
 
 CONFIGS = {
     "tiny": preset("tiny"),
@@ -29,7 +30,8 @@ CONFIGS = {
     "pair": EngineConfig(num_layers=2, num_experts=3, top_k=2, quota=1),
     # One layer: no spatial table, nothing ahead, nothing selected.
     "single": EngineConfig(num_layers=1, num_experts=6, top_k=3, quota=6),
-    # top_k = E; weights, biases and with them the scores saturate in both directions.
+    # top_k = E, no power of two, and two ranks share a gain; weights and biases saturate in both
+    # directions.
     "narrow": EngineConfig(
         num_layers=3, num_experts=5, top_k=5, quota=5, weight_bits=4, select_max=64,
         margin_low=2047, margin_step=2047, margin_high=0, threshold=-10,
@@ -39,24 +41,24 @@ CONFIGS = {
         num_layers=3, num_experts=7, top_k=1, quota=1, staging=3, spatial_depth=0,
         weight_bits=4, margin_low=2047, margin_step=0, margin_high=2047, select_max=5,
     ),
-    # Two ranks share a gain step, and K is no power of two.
-    "six": EngineConfig(num_layers=4, num_experts=11, top_k=6, quota=3, spatial_depth=2),
 }  # fmt: skip
 
 
 # pytest ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_predictor_is_golden(name: str) -> None:
+def test_predictor_is_golden() -> None:
+    """Builds all configurations and runs all coroutines below."""
     run_bench(
-        Predictor(CONFIGS[name]),
-        f"predictor_{name}",
+        SideBySide({name: Predictor(config) for name, config in CONFIGS.items()}),
+        "predictors",
         Path(__file__).stem,
-        env={"CONFIG": name, "SEEDS": json.dumps(seeds())},
+        env={"SEEDS": json.dumps(seeds())},
+        build_args=["-CFLAGS", "-O0"],  # the build takes longer than the run
     )
 
 
+@pytest.mark.filterwarnings("ignore::amaranth.hdl.UnusedElaboratable")
 def test_wrong_parameters_are_refused() -> None:
     with pytest.raises(TypeError, match="config must be an EngineConfig, not 3"):
         Predictor(3)
@@ -64,22 +66,8 @@ def test_wrong_parameters_are_refused() -> None:
 
 # cocotb ---------------------------------------------------------------------------------------
 
-CONFIG = CONFIGS[os.environ.get("CONFIG", "tiny")]
 SEEDS = json.loads(os.environ.get("SEEDS", "[1]"))
-EVENTS = 60
-PICK = selection_layout(CONFIG)
-TOKEN, ROUTE = token_layout(), route_layout(CONFIG)
-PARAMS = {
-    (learning, ordered): params_of(CONFIG, learning=learning, ordered=ordered)
-    for learning in (False, True)
-    for ordered in (False, True)
-}
-
-
-def lanes(value: int, width: int, *, signed: bool) -> list[int]:
-    """Lanes of a row read through the victim port."""
-    row = [(value >> (width * e)) & ((1 << width) - 1) for e in range(CONFIG.num_experts)]
-    return [x - (1 << width) if signed and x >> (width - 1) else x for x in row]
+EVENTS = 40
 
 
 class TB:
@@ -89,12 +77,19 @@ class TB:
     inputs that the contract does not call stable are random in every cycle.
     """
 
-    def __init__(self, dut) -> None:
-        self.dut = dut
+    def __init__(self, dut, name: str) -> None:
+        self.name, self.config = name, CONFIGS[name]
+        self.log, self.dut = dut._log, Prefixed(dut, name)
+        self.pick = selection_layout(self.config)
+        self.params = {
+            (learning, ordered): params_of(self.config, learning=learning, ordered=ordered)
+            for learning in (False, True)
+            for ordered in (False, True)
+        }
         self.driven: dict[str, int] = {}
         self.worst: dict[str, int] = {}
         self.total_picks = 0
-        cocotb.start_soon(Clock(dut.clk, 10, unit="ns").start())
+        cocotb.start_soon(Clock(self.dut.clk, 10, unit="ns").start())
 
     def drive(self, name: str, value: int) -> None:
         if self.driven.get(name) != value:
@@ -104,12 +99,18 @@ class TB:
     def read(self, name: str) -> int:
         return int(getattr(self.dut, name).value)
 
+    def lanes(self, name: str, width: int, *, signed: bool) -> list[int]:
+        """A row read through the victim port."""
+        value, mask = self.read(name), (1 << width) - 1
+        row = [value >> (width * e) & mask for e in range(self.config.num_experts)]
+        return [x - (1 << width) if signed and x >> (width - 1) else x for x in row]
+
     async def reset(self, seed: int) -> None:
         """Everything as after power-up, but for what the memories hold by now."""
-        self.dut._log.warning("seed %d", seed)
+        self.log.warning("%s, seed %d", self.name, seed)
         self.rng = rng = random.Random(seed)
         self.fast = seed % 3 == 0  # no stalls at all: latencies are asserted
-        self.golden = Golden(CONFIG)
+        self.golden = Golden(self.config)
         self.now = 0
         self.busy = self.committing = self.requested = self.over = False
         self.apply = None
@@ -128,7 +129,7 @@ class TB:
         self.drive("rst", 0)
         # Nothing is taken before the tables are clear, however hard one asks.
         self.drive("token__valid", rng.getrandbits(1))
-        rows = CONFIG.num_layers << max(1, (CONFIG.num_experts - 1).bit_length())
+        rows = self.config.num_layers << max(1, (self.config.num_experts - 1).bit_length())
         for _ in range(rows + 10):
             await FallingEdge(self.dut.clk)
             clear = self.read("clear_done")
@@ -140,31 +141,32 @@ class TB:
         assert clear, f"not clear {rows + 10} cycles after reset"
         self.drive("token__valid", 0)
         await RisingEdge(self.dut.clk)
-        self.sweep = list(range(CONFIG.num_layers))
+        self.sweep = list(range(self.config.num_layers))
 
     async def cycle(self) -> None:
         """One cycle; checks what holds in every cycle."""
         rng = self.rng
-        # Stable from the cycle after the grant until commit_done.
-        if not self.committing or self.now == self.granted + 1:
+        # Stable from the cycle after the grant until commit_done; else changed now and then.
+        first = self.committing and self.now == self.granted + 1
+        if first or (not self.committing and rng.random() < 0.2):
             self.drive("threshold", self.some_threshold())
             self.drive("prefetching", int(rng.random() < 0.9))
-            self.drive("absent", rng.getrandbits(CONFIG.num_experts))
-        if self.busy:
+            self.drive("absent", rng.getrandbits(self.config.num_experts))
+        if self.busy and rng.random() < 0.2:
             self.drive("learning", rng.getrandbits(1))
             self.drive("ordered", rng.getrandbits(1))
         self.drive("selected__ready", int(self.fast or rng.random() < 0.6))
         expected, self.asked = self.asked, None
         if not self.committing and (self.sweep or rng.random() < 0.2):
-            layer = self.sweep.pop() if self.sweep else rng.randrange(CONFIG.num_layers)
+            layer = self.sweep.pop() if self.sweep else rng.randrange(self.config.num_layers)
             self.drive("victim_layer", layer)
             state = self.golden.state
             self.asked = (layer, state.score[layer].tolist(), state.use[layer].tolist())
         await FallingEdge(self.dut.clk)
 
         if expected is not None:
-            score = lanes(self.read("victim_score"), CONFIG.score_bits, signed=True)
-            use = lanes(self.read("victim_use"), USE_BITS, signed=False)
+            score = self.lanes("victim_score", self.config.score_bits, signed=True)
+            use = self.lanes("victim_use", USE_BITS, signed=False)
             assert score == expected[1], f"scores of layer {expected[0]}: {score}"
             assert use == expected[2], f"use counts of layer {expected[0]}: {use}"
         if self.busy:
@@ -186,7 +188,7 @@ class TB:
         if request:
             self.requested = True
             assert self.apply is not None, "nothing to commit"
-            if CONFIG.look:
+            if self.config.look:
                 assert self.read("select_layer") == self.select_layer
             if self.wait or self.sweep:
                 self.wait = max(0, self.wait - 1)
@@ -200,17 +202,17 @@ class TB:
             self.done = self.now
             self.apply()
             self.apply = None
-            self.sweep = list(range(CONFIG.num_layers))
+            self.sweep = list(range(self.config.num_layers))
             self.expected = self.expected_picks()
 
     def expected_picks(self) -> list[dict]:
-        if not CONFIG.look or not self.driven["prefetching"]:
+        if not self.config.look or not self.driven["prefetching"]:
             return []
         allowed = np.array(
-            [self.driven["absent"] >> e & 1 for e in range(CONFIG.num_experts)], bool
+            [self.driven["absent"] >> e & 1 for e in range(self.config.num_experts)], bool
         )
         threshold = self.driven["threshold"]
-        threshold -= (threshold >> CONFIG.score_bits - 1) << CONFIG.score_bits
+        threshold -= (threshold >> self.config.score_bits - 1) << self.config.score_bits
         picks = self.golden.select(self.select_layer, allowed, threshold)
         row = self.golden.state.score[self.select_layer]
         return [{"layer": self.select_layer, "expert": int(e), "score": int(row[e])} for e in picks]
@@ -219,9 +221,9 @@ class TB:
         """Mostly near the scores there are, else anything."""
         rng = self.rng
         if rng.random() < 0.2:
-            return rng.getrandbits(CONFIG.score_bits)
+            return rng.getrandbits(self.config.score_bits)
         score = int(rng.choice(self.golden.state.score.ravel())) + rng.randint(-1, 1)
-        return score & ((1 << CONFIG.score_bits) - 1)
+        return score & ((1 << self.config.score_bits) - 1)
 
     def _check_picks(self) -> None:
         pick = self.read("selected__payload") if self.read("selected__valid") else None
@@ -231,7 +233,7 @@ class TB:
             assert self.done is not None, "picked before the commit"
             self.first = min(self.first, self.now)
             if self.driven["selected__ready"]:
-                self.picks.append(unpack(PICK, pick))
+                self.picks.append(unpack(self.pick, pick))
                 self.offered = None
                 assert len(self.picks) <= len(self.expected), f"too much: {self.picks[-1]}"
                 assert self.picks[-1] == self.expected[len(self.picks) - 1]
@@ -282,7 +284,7 @@ class TB:
         self.busy = self.over = False
         self.total_picks += len(self.picks)
         if self.fast:
-            c, ended = CONFIG, self.now - 1
+            c, ended = self.config, self.now - 1
             if stream == "route":
                 self.note("route to commit grant", self.granted - taken, 2 * c.top_k + 16)
                 if self.picks:
@@ -297,21 +299,21 @@ class TB:
                 self.note("commit_done to over", ended - self.done, 3 * c.num_select + 12)
 
     async def token(self, new_sequence: bool) -> None:
-        payload = pack(TOKEN, {"new_sequence": int(new_sequence)})
+        payload = pack(token_layout(), {"new_sequence": int(new_sequence)})
         await self.event("token", payload, 0, lambda *_: self.golden.token(new_sequence))
 
     async def route(self, layer: int, experts: list[int]) -> None:
         def apply(learning: bool, ordered: bool) -> None:
-            self.golden.params = PARAMS[learning, ordered]
+            self.golden.params = self.params[learning, ordered]
             self.golden.route(layer, experts)
 
-        payload = pack(ROUTE, {"layer": layer, "experts": experts})
-        await self.event("route", payload, (layer + 1) % CONFIG.num_layers, apply)
+        payload = pack(route_layout(self.config), {"layer": layer, "experts": experts})
+        await self.event("route", payload, (layer + 1) % self.config.num_layers, apply)
 
     def some_set(self) -> list[int]:
         """K experts, mostly those of the sets before: rows that have just been written."""
-        rng, k = self.rng, CONFIG.top_k
-        fresh = rng.sample(range(CONFIG.num_experts), k)
+        rng, k = self.rng, self.config.top_k
+        fresh = rng.sample(range(self.config.num_experts), k)
         chosen = [e for e in self.recent if rng.random() < 0.7]
         rng.shuffle(chosen)
         chosen += [e for e in fresh if e not in chosen]
@@ -320,24 +322,25 @@ class TB:
 
 
 @cocotb.test(timeout_time=10, timeout_unit="ms")
-async def predictor_is_golden(dut) -> None:
+@cocotb.parametrize(name=list(CONFIGS))
+async def predictor_is_golden(dut, name: str) -> None:
     """Legal traffic: layers in order, a token before layer 0, new sequences anywhere."""
-    tb = TB(dut)
+    tb = TB(dut, name)
+    layers = tb.config.num_layers
     for seed in SEEDS:
         await tb.reset(seed)
         events = 0
+        new_sequence = True
         while events < EVENTS:
-            await tb.token(events == 0 or tb.rng.random() < 0.15)
-            for layer in range(CONFIG.num_layers):
+            await tb.token(new_sequence)
+            new_sequence = tb.rng.random() < 0.15
+            for layer in range(layers):
                 events += 1
                 await tb.route(layer, tb.some_set())
                 if tb.rng.random() < 0.03:
-                    break  # the sequence ends here
-            else:
-                continue
-            await tb.token(True)
-            await tb.route(0, tb.some_set())
-        for _ in range(CONFIG.num_layers + 2):
+                    new_sequence = True  # this one ends in the middle of a token
+                    break
+        for _ in range(layers + 2):
             await tb.cycle()
-    dut._log.warning("%d picks; worst latencies: %s", tb.total_picks, tb.worst)
-    assert tb.total_picks or not CONFIG.look
+    tb.log.warning("%s: %d picks; worst latencies: %s", name, tb.total_picks, tb.worst)
+    assert tb.total_picks or not tb.config.look

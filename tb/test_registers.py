@@ -683,8 +683,12 @@ async def segments_reach_the_engine_in_order(dut) -> None:
                 ("SEGMENT_STRIDE", layer, part, fields["stride"]),
             ]
             rng.shuffle(words)
-            for word in (*words, ("SEGMENT_BEATS", layer, part, fields["beats"])):
+            for word in words:
                 await tb.put(*word)
+            beats = MAP["SEGMENT_BEATS"].at(layer, part)
+            if rng.random() < 0.5:  # without a byte, it sends nothing
+                assert await tb.write(beats, 1, 0) == OKAY
+            assert await tb.write(beats, fields["beats"]) == OKAY
             value = segment_layout(CONFIG).const(fields).as_value().value
             expected.append({"layer": layer, "segment": part, "value": value})
         tb.stall_ready = 0
@@ -915,5 +919,7 @@ async def cycle_high_belongs_to_cycle_low(dut) -> None:
             word = await tb.get("CYCLE_LOW")
             high = int(dut.cycle.value)
             await tb.cycles(tb.rng.randrange(9))
+            for _ in range(tb.rng.randrange(3)):
+                await tb.get("SCRATCH")  # does not sample CYCLE_HIGH
             got = await tb.get("CYCLE_HIGH") << 32 | word
             assert (got - low) % (1 << 40) <= (high - low) % (1 << 40), hex(got)

@@ -26,9 +26,11 @@ def test_rows_are_what_was_written_last() -> None:
         "score_memory",
         Path(__file__).stem,
         env={"SEEDS": json.dumps(seeds())},
+        build_args=["-CFLAGS", "-O0"],  # the build takes longer than the run
     )
 
 
+@pytest.mark.filterwarnings("ignore::amaranth.hdl.UnusedElaboratable")
 def test_wrong_parameters_are_refused() -> None:
     with pytest.raises(TypeError, match="config must be an EngineConfig, not 5"):
         ScoreMemory(5)

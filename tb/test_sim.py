@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+
 from sim import check_run, latency_of, times_of
 from sim_run import SimulationError, run_simulation
 from simulation import ROOT, seeds
@@ -22,6 +24,18 @@ from stmoe_golden.traces import save_trace
 
 SIM = [sys.executable, str(ROOT / "tb" / "sim.py")]
 SHARED = ROOT.parent / "shared" / "traces" / "gpt_oss_20b_decode.npz"
+
+
+QUICK = ("-DQUICK",)
+"""A build of its own, that g++ does not optimise: these runs are shorter than its time."""
+
+
+@pytest.fixture
+def quick_build(monkeypatch):
+    """Builds within this test take g++ little time (with ``build_args=QUICK``)."""
+    monkeypatch.setenv(
+        "MAKEFLAGS", f"-j{os.cpu_count() or 2} OPT_FAST=-O0 OPT_SLOW=-O0 OPT_GLOBAL=-O0"
+    )
 
 
 def trace_of(config: EngineConfig, tokens: int, seed: int = 1):
@@ -90,10 +104,11 @@ def test_tiny_preset_agrees_with_golden(seed):
     ],
     ids=["least_slots", "one_layer", "saturating_weights"],
 )
-def test_odd_shapes_agree_with_golden(config):
+def test_odd_shapes_agree_with_golden(config, quick_build):
     for seed in (0, 3):
         print(f"seed {seed}")
-        assert_matches(config, run(config, 150, load_ratio=1.5, seed=seed))
+        log = run(config, 150, load_ratio=1.5, seed=seed, build_args=QUICK)
+        assert_matches(config, log)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared/traces is not here")
@@ -128,26 +143,31 @@ def broken_engine(config: EngineConfig, module: str, old: str, new: str):
     changed.__file__ = f"<{module} with {new!r}>"
     changed.__package__ = "stmoe"
     exec(compile(source.replace(old, new), changed.__file__, "exec"), changed.__dict__)
-    kept = {}
-    names = [module, "predictor", "slot_manager", "dma_scheduler", "event_port", "engine"]
+    # Every block is imported anew, so that all of them see the changed one.
+    shared = {"stmoe.payloads", "stmoe.register_map"}
+    kept = {
+        name: sys.modules.pop(name)
+        for name in list(sys.modules)
+        if name.startswith("stmoe.") and not name.startswith("stmoe.harness")
+        if name not in shared
+    }
     try:
-        for name in names:
-            kept[name] = sys.modules.pop(f"stmoe.{name}", None)
         sys.modules[f"stmoe.{module}"] = changed
         return importlib.import_module("stmoe.engine").Engine(config)
     finally:
+        for name in [name for name in sys.modules if name.startswith("stmoe.")]:
+            if name not in shared and not name.startswith("stmoe.harness"):
+                del sys.modules[name]
+        sys.modules.update(kept)
         for name, old_module in kept.items():
-            sys.modules.pop(f"stmoe.{name}", None)
-            if old_module is not None:
-                sys.modules[f"stmoe.{name}"] = old_module
-                setattr(sys.modules["stmoe"], name, old_module)
+            setattr(sys.modules["stmoe"], name.rpartition(".")[2], old_module)
 
 
 def check_finds(factory, *kinds: Kind) -> None:
     """A run of the broken engine is refused, at a record of one of these kinds."""
     config = preset("tiny")
     try:
-        log = run(config, 150, load_ratio=1.0, engine_factory=factory, strict=False)
+        log = run(config, 150, engine_factory=factory, strict=False, build_args=QUICK)
     except SimulationError as error:
         log = error.log
     with pytest.raises(Mismatch) as found:
@@ -176,15 +196,15 @@ def engine_with_broken_scheduler(config):
     )
 
 
-def test_broken_learner_is_found():
+def test_broken_learner_is_found(quick_build):
     check_finds(engine_with_broken_learner, Kind.SELECT, Kind.LOAD_START, Kind.DROP)
 
 
-def test_broken_victim_choice_is_found():
+def test_broken_victim_choice_is_found(quick_build):
     check_finds(engine_with_broken_victim, Kind.LOAD_START)
 
 
-def test_broken_cancel_is_found():
+def test_broken_cancel_is_found(quick_build):
     check_finds(engine_with_broken_scheduler, Kind.BURST, Kind.FILL_DONE, Kind.LAST_BEAT)
 
 

@@ -122,6 +122,9 @@ class Transfer:
     retries: int = 0
     ended: Kind | None = None
     last_cycle: int = -1
+    promoted: int = -1
+    demanded: int = -1
+    """Cycle from which it has been a demand."""
 
 
 class Mismatch(Exception):
@@ -157,6 +160,11 @@ class Checker:
         The monitors' handshakes: ``(cycle, new_sequence, token_id)``, ``(cycle, layer, experts)``,
         ``(cycle, slot)``, ``(cycle, layer, expert, slot, error)``, ``(cycle, id, address, beats)``,
         ``(cycle, id, resp)``.
+    fills : iterable, optional
+        ``(cycle, slot)`` of every handshake of ``fill`` that carried a slot's last beat. With it,
+        a cancel and a fill that meet are judged to the cycle; without, only the order of records.
+    counters : iterable of str
+        Names that the counters start from at 0.
     """
 
     HISTORY = 24
@@ -165,7 +173,8 @@ class Checker:
     """Cycles that a demand's first address may take to be ready; until then a prefetch may still
     be presented."""
     END_LAG = 4
-    """Cycles from a transfer's last beat on the bus to its end inside the engine."""
+    """Cycles from a transfer's last beat on the bus to its end inside the engine, without stalls
+    of ``fill``; twice that is how far apart ends may be that change places."""
 
     def __init__(
         self,
@@ -179,6 +188,7 @@ class Checker:
         grants: Iterable[tuple[int, int, int, int, int]] = (),
         addresses: Iterable[tuple[int, int, int, int]] = (),
         last_beats: Iterable[tuple[int, int, int]] = (),
+        fills: Iterable[tuple[int, int]] | None = None,
         counters: Iterable[str] = (),
     ):
         self.config = config
@@ -193,6 +203,11 @@ class Checker:
             "AR": iter(addresses),
             "R": iter(last_beats),
         }
+        self.fills: dict[int, list[int]] | None = None
+        if fills is not None:
+            self.fills = {slot: [] for slot in range(config.num_slots)}
+            for cycle, slot in fills:
+                self.fills[slot].append(cycle)
         self.predictor = Predictor(
             config, learning=self.active.learning, ordered=self.active.ordered
         )
@@ -224,6 +239,8 @@ class Checker:
         self.port: deque[tuple[int, int]] = deque()
         self.last_operation = 0
         self.last_burst = 0
+        self.last_link = 0
+        self.startable_since: int | None = None
         self.checked = 0
         self.quiet_limit = 96 + 16 * config.num_layers + 2 * config.num_experts
         self.mirror = np.zeros_like(self.buffer.lane)
@@ -262,12 +279,16 @@ class Checker:
             if self.threshold_due and record.kind != Kind.THRESHOLD:
                 self.fail(record, "THRESHOLD must follow its REGISTER_COMMIT")
         self.last_operation = max(self.last_operation, self.held_until(record))
-        if record.cycle - self.last_operation > self.quiet_limit:
-            self.must_be_quiet(record)
-            self.last_operation = record.cycle
+        self.must_have_acted(record, record.cycle - self.quiet_limit)
         handler(record)
         if record.kind not in BESIDE:
             self.last_operation = record.cycle
+        if record.kind in (Kind.BURST, Kind.LAST_BEAT):
+            self.last_link = record.cycle
+        if not (self.queue and self.prefetch_may_start()):
+            self.startable_since = None
+        elif self.startable_since is None:
+            self.startable_since = record.cycle
 
     def held_until(self, record: Record) -> int:
         """The cycle until which the event port, too full, held the engine; 0 if it did not.
@@ -287,7 +308,7 @@ class Checker:
         last = self.recent[-1] if self.recent else Record(cycle, 0, 0, 0, 0, 0, 0, 0)
         if not self.recent:
             self.fail(last, "the event log is empty")
-        self.must_be_quiet(last)
+        self.must_have_acted(last, 1 << 62)
         for name, items in self.inputs.items():
             left = next(items, None)
             if left is not None:
@@ -304,11 +325,19 @@ class Checker:
             if left:
                 self.fail(last, f"the run ended with a {what} outstanding: {left}")
 
-    def must_be_quiet(self, record: Record) -> None:
-        """After a quiet spell: is there anything the engine ought to have done?"""
+    def must_have_acted(self, record: Record, before: int) -> None:
+        """Is there anything that the engine ought to have done since before cycle ``before``?"""
+        if self.last_link < before:
+            idle = not any(t.owed for t in self.transfers.values())
+            unissued = [t for t in self.transfers.values() if self.has_bursts(t)]
+            if idle and unissued and unissued[0].since < before:
+                self.fail(record, f"no BURST although the link is idle: {unissued[0]}")
+        if self.last_operation >= before:
+            return
         since = f"since cycle {self.last_operation}"
-        if self.ended and self.ended[0].ended != Kind.RETRY:
-            self.fail(record, f"{since} no {self.ended[0].ended} of transfer {self.ended[0]}")
+        late = [t for t in self.ended if t.last_cycle < before]
+        if late:
+            self.fail(record, f"{since} no {late[0].ended} of {late[0]}")
         if self.work:
             self.fail(record, f"{since} no SCORE_COMMIT for {self.work[0]}")
         waiting = [e for e in self.disproved if not self.transfer_of(self.latest, e).ended]
@@ -317,7 +346,8 @@ class Checker:
         room = len(self.transfers) < self.config.transfers
         if self.pending and room and (self.free or self.find_victim(self.latest, True)[0] >= 0):
             self.fail(record, f"{since} no LOAD_START for demanded expert {self.pending[0]}")
-        if self.queue and room and self.prefetch_may_start() and not self.picks:
+        startable = self.startable_since is not None and self.startable_since < before
+        if startable and self.queue and room and self.prefetch_may_start():
             layer, expert = self.find_victim(self.queue_layer, False)
             if self.free or layer >= 0:
                 self.fail(
@@ -325,10 +355,6 @@ class Checker:
                     f"{since} no LOAD_START or DROP for selected expert {self.queue[0]} of layer "
                     f"{self.queue_layer} (victim would be {expert} of layer {layer})",
                 )
-        idle = not any(t.owed for t in self.transfers.values())
-        unissued = [t for t in self.transfers.values() if self.has_bursts(t)]
-        if idle and unissued:
-            self.fail(record, f"{since} no BURST although the link is idle: {unissued[0]}")
 
     def fail(self, record: Record, why: str) -> None:
         """Raise :class:`Mismatch` with both sides' state of the record's layer."""
@@ -645,7 +671,7 @@ class Checker:
         self.occupant[slot] = (layer, expert)
         self.pins[slot] = 0
         t = Transfer(index, layer, expert, slot, not demand, record.cycle, self.plan(layer, expert))
-        t.promised = int(demand)
+        t.promised, t.demanded = int(demand), record.cycle
         self.transfers[index] = t
         if demand:
             self.demand_order.append(t)
@@ -680,17 +706,23 @@ class Checker:
         self.expect(record, layer=self.latest, expert=expert, slot=t.slot, data=t.index)
         self.mirror[record.layer, record.expert] = Lane.LOADING_DEMAND
         t.prefetch = False
-        t.since = record.cycle
+        t.demanded = t.promoted = record.cycle
         self.started.remove(t)
         self.demand_order.append(t)
+
+    def filled(self, t: Transfer, cycle: int) -> bool:
+        """By this cycle (included) the last beat of the load was put into the buffer."""
+        if self.fills is None:
+            return False
+        return any(t.since <= c <= cycle for c in self.fills[t.slot])
 
     def _cancel(self, record: Record) -> None:
         t = self.transfers.get(record.data)
         if t is None or t.cancelled or not t.prefetch:
             self.fail(record, f"transfer {record.data} is not a prefetch under way")
         assert t is not None
-        if t.ended and t.last_cycle + self.END_LAG < record.cycle:
-            self.fail(record, "every beat has come: the fill wins")
+        if not t.failed and self.filled(t, record.cycle):
+            self.fail(record, "its last beat is in the buffer: the fill wins")
         if record.flag:
             if self.free or not self.pending:
                 self.fail(record, "no demand lacks a slot")
@@ -739,15 +771,15 @@ class Checker:
                 f"expected address {t.plan[t.issued][0]:#x} and {t.plan[t.issued][1]} beats, the "
                 f"bus had {address:#x} and {beats}",
             )
-        self.expect(
-            record, expert=index, flag=record.flag & int(t.prefetch), data=address
-        )
+        # A promotion counts from the cycle after it.
+        prefetch = t.prefetch or t.promoted == record.cycle
+        self.expect(record, expert=index, flag=int(prefetch), data=address)
         # Demands go first, in the order in which they became demands. An address may stand on the
         # bus since the handshake before it, and a new demand takes a few cycles to get there.
         for first in self.demand_order:
             if first is t:
                 break
-            if self.has_bursts(first) and first.since + self.DEMAND_LEAD < self.last_burst:
+            if self.has_bursts(first) and first.demanded + self.DEMAND_LEAD < self.last_burst:
                 self.fail(record, f"the bursts of this demand come first: {first}")
         self.last_burst = record.cycle
         t.issued += 1
@@ -760,7 +792,7 @@ class Checker:
             self.fail(record, f"{owed} bursts are on their way")
         if t.prefetch and self.prefetch_owed() > self.config.prefetch_outstanding:
             self.fail(record, f"{self.prefetch_owed()} prefetch bursts are on their way")
-        self.count("prefetch_bursts" if record.flag & 1 else "demand_bursts")
+        self.count("prefetch_bursts" if prefetch else "demand_bursts")
 
     def _last_beat(self, record: Record) -> None:
         _, index, resp = self.handshake(record, "R")
@@ -784,7 +816,7 @@ class Checker:
         self.ended.remove(t)
         t.ended, t.failed, t.issued = None, False, 0
         t.retries += 1
-        t.since = record.cycle
+        t.since = t.demanded = record.cycle
         if not t.prefetch:
             self.demand_order.remove(t)
             self.demand_order.append(t)
@@ -793,6 +825,8 @@ class Checker:
     def _fill_done(self, record: Record) -> None:
         t = self.next_ended(record, record.data)
         self.expect(record, layer=t.layer, expert=t.expert, slot=t.slot, data=t.index)
+        if self.fills is not None and t.plan and not self.filled(t, record.cycle):
+            self.fail(record, "its last beat has not been put into the buffer")
         state = Lane.READY_UNUSED if t.prefetch else Lane.PINNED
         self.buffer.lane[t.layer, t.expert] = state
         self.mirror[record.layer, record.expert] = state

@@ -51,7 +51,7 @@ class BurstSplitter(wiring.Component):
 
     Timing: a load that is started in cycle c with ``start_next`` has its address on the bus in
     cycle c+3. The bursts of a segment follow each other every two cycles, a further segment costs
-    one more, a change to another transfer three.
+    two more, a change to another transfer up to seven.
 
     Parameters
     ----------
@@ -73,13 +73,11 @@ class BurstSplitter(wiring.Component):
         Transfer whose bursts come next. It has bursts left.
     allow : :py:`In(1)`
         An address of ``wanted`` may be presented from the next cycle on.
-    issue : :py:`Out(1)`
-        It will be: a burst of ``wanted`` is presented from the next cycle on.
-    finish, finished : :py:`Out`
-        The burst presented was the last of this transfer. In the cycle after its ``issue``, or
-        later if ``wait``.
-    wait : :py:`In(1)`
-        Put ``finish`` off; only while the transfer is still wanted.
+    issued, issued_transfer : :py:`Out`
+        The first cycle in which an address is presented, and whose. The next one follows two
+        cycles later at the earliest, and sees what has been made of this one.
+    issued_last : :py:`Out(1)`
+        With ``issued``: it is the last burst of its load.
     ar : :py:`Out(stream.Signature(...))`
         AXI read address, all registers' outputs.
     """
@@ -101,10 +99,9 @@ class BurstSplitter(wiring.Component):
                 "wanted_valid": In(1),
                 "wanted": In(transfer),
                 "allow": In(1),
-                "issue": Out(1),
-                "finish": Out(1),
-                "finished": Out(transfer),
-                "wait": In(1),
+                "issued": Out(1),
+                "issued_transfer": Out(transfer),
+                "issued_last": Out(1),
                 "ar": axi4_read_signature(config).members["ar"],
             }
         )
@@ -184,9 +181,10 @@ class BurstSplitter(wiring.Component):
         # the beats left in the segment; `segments` have not been begun.
         class State(enum.Enum):
             IDLE = 0
-            ROW = 1
-            ISSUE = 2
-            ADVANCE = 3
+            LOOK_UP = 1
+            ROW = 2
+            ISSUE = 3
+            ADVANCE = 4
 
         state = Signal(State)
         current = Signal(config.transfer_bits)
@@ -204,12 +202,13 @@ class BurstSplitter(wiring.Component):
         final = Signal()
 
         switch = Signal()
+        issue = Signal()
         bypass = Signal()
         picked_segments = Signal(NUM_SEGMENTS)
         picked_within = Signal()
         m.d.comb += [
             switch.eq((state == State.IDLE) | ~self.wanted_valid | (current != self.wanted)),
-            bypass.eq(self.start & self.start_next & ~self.issue),
+            bypass.eq(self.start & self.start_next & ~issue),
             loads_write.addr.eq(self.start_transfer),
             loads_write.data.layer.eq(self.start_layer),
             loads_write.data.expert.eq(self.start_expert),
@@ -226,15 +225,12 @@ class BurstSplitter(wiring.Component):
             ),
         ]
 
-        # Next row to read: of the load that starts, of the one that is taken up, or the next one
-        # of the load in hand.
+        # Next row to read: of the load that starts, else the next one of the load in hand.
         row_layer = Signal(config.layer_bits)
         row_segments = Signal(NUM_SEGMENTS)
         row_segment = Signal(range(NUM_SEGMENTS))
-        with m.If(bypass):
+        with m.If(self.start):
             m.d.comb += [row_layer.eq(self.start_layer), row_segments.eq(uses_read.data)]
-        with m.Elif(switch):
-            m.d.comb += [row_layer.eq(loads_read.data.layer), row_segments.eq(picked_segments)]
         with m.Else():
             m.d.comb += [row_layer.eq(layer), row_segments.eq(segments)]
         for i in reversed(range(NUM_SEGMENTS)):
@@ -253,14 +249,13 @@ class BurstSplitter(wiring.Component):
         m.d.comb += [
             here.eq(Mux(begins, base + product_low + (product_high << low_bits), word)),
             limit.eq(
-                ~here[:burst_bits]
-                | (~here[burst_bits:page_bits]).any().replicate(burst_bits)
+                ~here[:burst_bits] | (~here[burst_bits:page_bits]).any().replicate(burst_bits)
             ),
             ends_segment.eq(left <= limit),
             length.eq(Mux(ends_segment, left, limit)),
-            self.issue.eq((state == State.ISSUE) & ~switch & ~self.ar.valid & self.allow),
+            issue.eq((state == State.ISSUE) & ~switch & ~self.ar.valid & self.allow),
         ]
-        with m.If(self.issue):
+        with m.If(issue):
             m.d.sync += [
                 self.ar.valid.eq(1),
                 self.ar.payload.id.eq(current),
@@ -273,8 +268,9 @@ class BurstSplitter(wiring.Component):
         # That it was the last burst is said one cycle later, off the path of the address.
         m.d.comb += [
             final.eq(segment_ends & (segments == 0)),
-            self.finish.eq((state == State.ADVANCE) & final & ~self.wait),
-            self.finished.eq(current),
+            self.issued.eq(state == State.ADVANCE),
+            self.issued_transfer.eq(current),
+            self.issued_last.eq(final),
         ]
 
         advanced = Signal(progress_layout)
@@ -318,16 +314,23 @@ class BurstSplitter(wiring.Component):
                 expert.eq(loads_read.data.expert),
                 word.eq(progress_read.data.word),
                 left.eq(progress_read.data.left),
+                segments.eq(picked_segments),
                 begins.eq(0),
             ]
             with m.If(~self.wanted_valid):
                 m.d.sync += state.eq(State.IDLE)
             with m.Elif(picked_within):
-                m.d.sync += [state.eq(State.ISSUE), segments.eq(picked_segments)]
+                m.d.sync += state.eq(State.ISSUE)
             with m.Else():
-                m.d.sync += [state.eq(State.ROW), segments.eq(_without_lowest(picked_segments))]
+                m.d.sync += state.eq(State.LOOK_UP)
         with m.Else():
             with m.Switch(state):
+                with m.Case(State.LOOK_UP):
+                    with m.If(~self.start):
+                        m.d.sync += [
+                            state.eq(State.ROW),
+                            segments.eq(_without_lowest(segments)),
+                        ]
                 with m.Case(State.ROW):
                     row = rows_read.data
                     stride = strides_read.data
@@ -340,7 +343,7 @@ class BurstSplitter(wiring.Component):
                         left.eq(row.beats - 1),
                     ]
                 with m.Case(State.ISSUE):
-                    with m.If(self.issue):
+                    with m.If(issue):
                         m.d.sync += [
                             state.eq(State.ADVANCE),
                             word.eq(here),
@@ -349,12 +352,9 @@ class BurstSplitter(wiring.Component):
                 with m.Case(State.ADVANCE):
                     m.d.sync += [word.eq(advanced.word), left.eq(advanced.left), begins.eq(0)]
                     with m.If(final):
-                        m.d.sync += state.eq(Mux(self.wait, State.ADVANCE, State.IDLE))
+                        m.d.sync += state.eq(State.IDLE)
                     with m.Elif(segment_ends):
-                        m.d.sync += [
-                            state.eq(State.ROW),
-                            segments.eq(_without_lowest(segments)),
-                        ]
+                        m.d.sync += state.eq(State.LOOK_UP)
                     with m.Else():
                         m.d.sync += state.eq(State.ISSUE)
         return m

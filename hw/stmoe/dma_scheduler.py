@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
+from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.memory import Memory
@@ -12,7 +12,6 @@ from amaranth.lib.wiring import In, Out
 from stmoe_golden.config import EngineConfig
 
 from .burst_splitter import BurstSplitter, segment_write_layout
-from .demand_order import DemandOrder
 from .payloads import (
     CompletionStatus,
     axi4_read_signature,
@@ -59,7 +58,7 @@ def retry_record_layout(config: EngineConfig) -> data.StructLayout:
 
 def _one_hot(index: Value, count: int) -> Value:
     """Bit ``index`` of ``count`` bits; none when ``index`` is not less than ``count``."""
-    return Cat(index == Const(i, len(index)) for i in range(count))
+    return Cat(index == i for i in range(count))
 
 
 class DmaScheduler(wiring.Component):
@@ -76,7 +75,7 @@ class DmaScheduler(wiring.Component):
     few cycles of each other may change places. A load of a layer without beats is DONE at once.
 
     **Cancel.** Nothing more is presented and beats owed are discarded, from the cycle after
-    `cancel` on; only a beat that already stands on ``fill`` stays there until it is taken.
+    ``cancel`` on; only a beat that already stands on ``fill`` stays there until it is taken.
     DRAINED follows when nothing is owed. ``cancel_late`` is judged where beats are taken to
     ``fill``: the cycle in which the last one is taken is late, the one before is not. A transfer
     that has ended, been given up or is free is late too; one whose last beat only leads to a
@@ -99,13 +98,13 @@ class DmaScheduler(wiring.Component):
     burst carries it.
 
     Parameters
-    ---
+    ----------
     config : :class:`EngineConfig`
         Uses the AXI sizes, ``transfers``, ``max_burst``, ``max_outstanding``,
         ``prefetch_outstanding``, ``retry_limit`` and ``watchdog_cycles``.
 
     Members
-    ---
+    -------
     start : :py:`In(stream.Signature(load_layout(config)))`
         A load that has a slot. Not taken while all transfers are in use, in a cycle with
         ``promote``, and (a prefetch) while another prefetch has bursts left to issue. The beats
@@ -121,7 +120,8 @@ class DmaScheduler(wiring.Component):
     cancel_late : :py:`Out(1)`
         Combinational from ``cancel_transfer`` and ``fill.ready``.
     completion : :py:`Out(stream.Signature(completion_layout(config)))`
-        The index is free again when this is taken (after TIMEOUT only if ``dead``).
+        The index is free again when this is taken; after TIMEOUT only if ``dead``, and that of a
+        demand cancelled before it had issued all only when those before it have.
     prefetch_ready : :py:`Out(1)`
         A prefetch may start: no prefetch has bursts left to issue or waits for a retry, a
         transfer is free, and fewer than ``prefetch_outstanding`` prefetch bursts are on their way.
@@ -204,19 +204,42 @@ class DmaScheduler(wiring.Component):
         m.submodules.splitter = splitter = BurstSplitter(config)
         wiring.connect(m, splitter.segment_write, wiring.flipped(self.segment_write))
         wiring.connect(m, splitter.ar, wiring.flipped(self.axi.ar))
-        m.submodules.order = order = DemandOrder(depth=count, index_bits=index_bits)
+        # Demands in the order in which they became demands. One that has been cancelled or given
+        # up stays until it is the first, and so long its index is not used again: each index is
+        # in it at most once.
+        m.submodules.order = order = SyncFIFO(width=index_bits, depth=count)
+        ordered = Signal(count)  # transfers that are in it
+        join = Signal()
+        joining = Signal(index_bits)
+        leave = Signal()
+        first = Signal(index_bits)  # a register before the queue
+        first_valid = Signal()
+        first_issues = Signal()
+        m.d.comb += [
+            first_issues.eq(unissued.bit_select(first, 1)),
+            leave.eq(first_valid & ~first_issues),
+            order.r_en.eq(leave),
+            order.w_data.eq(joining),
+            order.w_en.eq(join & first_valid & ~(leave & ~order.r_rdy)),
+        ]
+        with m.If(leave | ~first_valid):
+            m.d.sync += [
+                first_valid.eq(join | order.r_rdy),
+                first.eq(Mux(order.r_rdy, order.r_data, joining)),
+            ]
         prefetch_valid = Signal()  # a prefetch has bursts left to issue
         prefetch = Signal(index_bits)
 
         # Start ---
         free = Signal(count)
+        free_valid = Signal()  # `start_transfer` is free; found in the cycle before
         start_here = Signal(count)
         started = Signal()
         start_issues = Signal()
         m.d.comb += [
-            free.eq(~used & (~lost | self.dead.replicate(count))),
+            free.eq(~used & ~ordered & (~lost | self.dead.replicate(count)) & ~start_here),
             self.start.ready.eq(
-                free.any()
+                free_valid
                 & ~expire
                 & ~self.promote
                 & ~(self.start.valid & self.start.payload.prefetch & prefetch_valid)
@@ -225,16 +248,17 @@ class DmaScheduler(wiring.Component):
             start_here.eq(_one_hot(self.start_transfer, count) & started.replicate(count)),
             start_issues.eq(started & ~splitter.start_empty & ~self.dead),
         ]
+        m.d.sync += free_valid.eq(free.any())
         for t in reversed(range(count)):
             with m.If(free[t]):
-                m.d.comb += self.start_transfer.eq(t)
+                m.d.sync += self.start_transfer.eq(t)
         m.d.comb += [
             splitter.start.eq(started),
             splitter.start_transfer.eq(self.start_transfer),
             splitter.start_layer.eq(self.start.payload.layer),
             splitter.start_expert.eq(self.start.payload.expert),
             splitter.start_next.eq(
-                start_issues & ~order.valid & ~(self.start.payload.prefetch & prefetch_valid)
+                start_issues & ~first_valid & ~(self.start.payload.prefetch & prefetch_valid)
             ),
         ]
 
@@ -249,9 +273,7 @@ class DmaScheduler(wiring.Component):
         error_here = Signal(count)
         m.d.comb += [
             beat_here.eq(_one_hot(beat.id, count) & ~nothing_owed),
-            self.fill.valid.eq(
-                beats.o.valid & ((beat_here & ~cancelled & ~lost).any() | offered)
-            ),
+            self.fill.valid.eq(beats.o.valid & ((beat_here & ~cancelled & ~lost).any() | offered)),
             taken.eq(beats.o.valid & (self.fill.ready | ~self.fill.valid)),
             beats.o.ready.eq(taken),
             self.discard.eq(taken & ~self.fill.valid),
@@ -276,9 +298,7 @@ class DmaScheduler(wiring.Component):
             offsets_write.data.eq(self.fill.payload.offset + 1),
             offsets_write.en.eq(taken),
             self.fill.payload.slot.eq(slots_read.data),
-            self.fill.payload.offset.eq(
-                Mux((unfilled & beat_here).any(), 0, offsets_read.data)
-            ),
+            self.fill.payload.offset.eq(Mux((unfilled & beat_here).any(), 0, offsets_read.data)),
             self.fill.payload.data.eq(beat.data),
         ]
 
@@ -287,6 +307,7 @@ class DmaScheduler(wiring.Component):
         cancel_here = Signal(count)
         promote_here = Signal(count)
         promote_issues = Signal()
+        issued_here = Signal(count)
         finish_here = Signal(count)
         ending = Signal(count)
         m.d.comb += [
@@ -300,43 +321,37 @@ class DmaScheduler(wiring.Component):
             ),
             self.cancel_late.eq(late.bit_select(self.cancel_transfer, 1)),
             # Only `cancelled` looks at `late`: what is late has no bursts left in any case.
-            cancel_here.eq(
-                _one_hot(self.cancel_transfer, count) & self.cancel.replicate(count)
-            ),
+            cancel_here.eq(_one_hot(self.cancel_transfer, count) & self.cancel.replicate(count)),
             promote_here.eq(
                 _one_hot(self.promote_transfer, count)
-                & used & ~ended & ~given_up & ~cancelled & ~demand & ~cancel_here
+                & used
+                & ~ended
+                & ~given_up
+                & ~cancelled
+                & ~demand
+                & ~cancel_here
                 & (self.promote & ~expire).replicate(count)
             ),
             promote_issues.eq(
-                prefetch_valid
-                & (promote_here & _one_hot(prefetch, count) & ~finish_here).any()
+                prefetch_valid & (promote_here & _one_hot(prefetch, count) & ~finish_here).any()
             ),
         ]
 
         # Issue ---
-        # The transfer whose last burst has been presented is the head of the order or, if it is
-        # not there, `prefetch`; a promotion in the cycle of its last issue leaves it at the head.
-        issue_here = Signal(count)
-        prefetch_issues = Signal()
-        finishes_head = (splitter.finished == order.head) & order.valid
         m.d.comb += [
-            splitter.wanted_valid.eq(order.valid | prefetch_valid),
-            splitter.wanted.eq(Mux(order.valid, order.head, prefetch)),
+            splitter.wanted_valid.eq(Mux(first_valid, first_issues, prefetch_valid)),
+            splitter.wanted.eq(Mux(first_valid, first, prefetch)),
             splitter.allow.eq(
                 (outstanding != config.max_outstanding)
-                & (order.valid | (prefetch_outstanding < config.prefetch_outstanding))
+                & (first_valid | (prefetch_outstanding < config.prefetch_outstanding))
                 & ~self.hold
                 & ~self.cancel
                 & ~expire
             ),
-            issue_here.eq(_one_hot(splitter.wanted, count) & splitter.issue.replicate(count)),
-            prefetch_issues.eq(splitter.issue & ~order.valid),
-            # One leaves the order in a cycle.
-            splitter.wait.eq(self.cancel & finishes_head),
-            finish_here.eq(
-                _one_hot(splitter.finished, count) & splitter.finish.replicate(count)
+            issued_here.eq(
+                _one_hot(splitter.issued_transfer, count) & splitter.issued.replicate(count)
             ),
+            finish_here.eq(issued_here & splitter.issued_last.replicate(count)),
         ]
 
         # End ---
@@ -369,11 +384,7 @@ class DmaScheduler(wiring.Component):
             chosen_prefetch.eq(~(chosen_here & demand).any()),
             # One push into the demand order, one write of the retry count in a cycle.
             retry_blocked.eq(
-                started
-                | self.promote
-                | self.cancel
-                | expire
-                | (chosen_prefetch & prefetch_valid)
+                started | self.promote | self.cancel | expire | (chosen_prefetch & prefetch_valid)
             ),
             retrying.eq(chosen_retries & ~retry_blocked),
             retries_here.eq(chosen_here & retrying.replicate(count)),
@@ -428,54 +439,48 @@ class DmaScheduler(wiring.Component):
 
         # Who issues next ---
         m.d.comb += [
-            order.push.eq(
+            join.eq(
                 (start_issues & ~self.start.payload.prefetch)
                 | promote_issues
                 | (retrying & ~chosen_prefetch)
             ),
-            order.push_index.eq(
+            joining.eq(
                 Mux(
                     started,
                     self.start_transfer,
                     Mux(self.promote, self.promote_transfer, chosen),
                 )
             ),
-            order.pop.eq(splitter.finish & finishes_head),
-            order.remove.eq(self.cancel),
-            order.remove_index.eq(self.cancel_transfer),
-            order.clear.eq(expire),
         ]
         with m.If(start_issues & self.start.payload.prefetch):
             m.d.sync += [prefetch_valid.eq(1), prefetch.eq(self.start_transfer)]
         with m.Elif(retrying & chosen_prefetch):
             m.d.sync += [prefetch_valid.eq(1), prefetch.eq(chosen)]
         with m.Elif(
-            ((finish_here | cancel_here | promote_here) & _one_hot(prefetch, count)).any()
-            | expire
+            ((finish_here | cancel_here | promote_here) & _one_hot(prefetch, count)).any() | expire
         ):
             m.d.sync += prefetch_valid.eq(0)
 
         # Watchdog ---
-        silence = Signal(range(config.watchdog_cycles + 1))
+        silence = Signal(range(config.watchdog_cycles))
         waiting = Signal()
+        active = Signal()
         expired_here = Signal(count)
         m.d.comb += [
-            waiting.eq((used & ~nothing_owed & ~lost).any()),
-            expire.eq(silence == config.watchdog_cycles),
-            expired_here.eq(
-                used & ~ended & ~(at_end & ~wants_retry) & expire.replicate(count)
+            waiting.eq((used & ~nothing_owed & ~lost).any() | (self.axi.ar.valid & ~self.dead)),
+            active.eq(
+                ~waiting
+                | expire
+                | (self.axi.ar.valid & self.axi.ar.ready)
+                | self.axi.r.valid
+                | beats.o.valid
             ),
+            expired_here.eq(used & ~ended & ~(at_end & ~wants_retry) & expire.replicate(count)),
         ]
-        with m.If(
-            ~waiting
-            | expire
-            | (self.axi.ar.valid & self.axi.ar.ready)
-            | self.axi.r.valid
-            | beats.o.valid
-        ):
-            m.d.sync += silence.eq(0)
-        with m.Else():
-            m.d.sync += silence.eq(silence + 1)
+        m.d.sync += [
+            silence.eq(Mux(active, 0, silence + 1)),
+            expire.eq(~active & (silence == config.watchdog_cycles - 1)),
+        ]
         with m.If(expire):
             with m.If(
                 self.axi.ar.valid
@@ -492,9 +497,7 @@ class DmaScheduler(wiring.Component):
         begins_here = start_here | retries_here
         issues_here = start_here & start_issues.replicate(count)
         retry_allowed = Signal(count)
-        m.d.comb += retry_allowed.eq(
-            start_here & ~all_dead if retry_limit else 0
-        )
+        m.d.comb += retry_allowed.eq(start_here & ~all_dead if retry_limit else 0)
         m.d.sync += [
             update(used, clear=freed_here, set=start_here),
             update(ended, clear=freed_here, set=ends_here),
@@ -515,6 +518,11 @@ class DmaScheduler(wiring.Component):
                 clear=start_here | (retries_here & last_retry.replicate(count)),
                 set=retry_allowed,
             ),
+            update(
+                ordered,
+                clear=_one_hot(first, count) & leave.replicate(count),
+                set=_one_hot(joining, count) & join.replicate(count),
+            ),
             update(given_up, clear=ends_here, set=expired_here),
             update(lost, set=expired_here),
             update(
@@ -523,25 +531,28 @@ class DmaScheduler(wiring.Component):
                 set=begins_here,
             ),
         ]
-        for t in range(count):
-            m.d.sync += owed[t].eq(owed[t] + issue_here[t] - last_here[t])
-        m.d.sync += outstanding.eq(outstanding + splitter.issue - last_here.any())
+        promoted = Signal(count)  # in the cycle before: its bursts still count as prefetch's
+        m.d.sync += promoted.eq(promote_here)
         promoted_bursts = Signal(range(config.max_outstanding + 1))
         for t in range(count):
-            with m.If(promote_here[t]):
+            m.d.sync += owed[t].eq(owed[t] + issued_here[t] - last_here[t])
+            with m.If(promoted[t]):
                 m.d.comb += promoted_bursts.eq(owed[t])
-        m.d.sync += prefetch_outstanding.eq(
-            prefetch_outstanding
-            + (prefetch_issues & ~(issue_here & promote_here).any())
-            - (last_here & ~demand & ~promote_here).any()
-            - promoted_bursts
-        )
+        m.d.sync += [
+            outstanding.eq(outstanding + splitter.issued - last_here.any()),
+            prefetch_outstanding.eq(
+                prefetch_outstanding
+                + (issued_here & ~demand).any()
+                - (last_here & ~demand).any()
+                - promoted_bursts
+            ),
+        ]
         m.d.comb += [
             self.busy.eq(used.any()),
             self.prefetch_ready.eq(
                 ~prefetch_valid
                 & ~self.dead
-                & free.any()
+                & free_valid
                 & ~(at_end & wants_retry & ~demand).any()
                 & (prefetch_outstanding < config.prefetch_outstanding)
             ),

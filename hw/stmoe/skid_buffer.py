@@ -30,9 +30,7 @@ class SkidBuffer(wiring.Component):
     """
 
     def __init__(self, shape):
-        super().__init__(
-            {"i": In(stream.Signature(shape)), "o": Out(stream.Signature(shape))}
-        )
+        super().__init__({"i": In(stream.Signature(shape)), "o": Out(stream.Signature(shape))})
 
     def elaborate(self, platform):
         m = Module()

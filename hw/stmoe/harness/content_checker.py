@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from amaranth.hdl import Module, Mux, Signal, Value, ValueLike, unsigned
+from amaranth.hdl import Array, Module, Mux, Signal, Value, ValueLike
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -63,6 +63,10 @@ class AddressMap:
     def address(self, layer: ValueLike, expert: ValueLike) -> Value:
         """Byte address of an expert, in hardware."""
         return (Value.cast(layer) * self.config.num_experts + expert) * self.stride
+
+
+HELD_MAX = 64
+"""Most grants of one slot that the engine can have outstanding (4 K, K at most 16)."""
 
 
 class Fault:
@@ -209,13 +213,22 @@ class ContentChecker(wiring.Component):
             ),
         ]
 
-        held = Signal(unsigned(config.num_slots))
-        take = self.grant.valid & self.grant.ready & ~self.grant.payload.error
-        with m.If(self.release.valid & self.release.ready):
-            m.d.sync += held.bit_select(self.release.payload.slot, 1).eq(0)
-            m.d.comb += self.unheld_fault.eq(~held.bit_select(self.release.payload.slot, 1))
-        with m.If(take):
-            m.d.sync += held.bit_select(self.grant.payload.slot, 1).eq(1)
-        with m.If(self.fill.valid & self.fill.ready):
-            m.d.comb += self.held_fault.eq(held.bit_select(self.fill.payload.slot, 1))
+        # How often each slot is granted and not released; several events may hold one.
+        held = Array(
+            Signal(range(HELD_MAX + 1), name=f"held_{slot}") for slot in range(config.num_slots)
+        )
+        take, release = self.grant.payload.slot, self.release.payload.slot
+        took, released = Signal(), Signal()
+        m.d.comb += [
+            took.eq(self.grant.valid & self.grant.ready & ~self.grant.payload.error),
+            released.eq(self.release.valid & self.release.ready),
+            self.unheld_fault.eq(released & (held[release] == 0)),
+            self.held_fault.eq(
+                self.fill.valid & self.fill.ready & (held[self.fill.payload.slot] != 0)
+            ),
+        ]
+        with m.If(took & ~(released & (take == release))):
+            m.d.sync += held[take].eq(held[take] + 1)
+        with m.If(released & ~(took & (take == release)) & ~self.unheld_fault):
+            m.d.sync += held[release].eq(held[release] - 1)
         return m

@@ -295,6 +295,7 @@ class LogPrinter(Elaboratable):
     ``@L``    slot                                     handshake of ``release``
     ``@A``    id addr len                              handshake of AR
     ``@D``    id resp (the worst of the burst)         handshake of R with ``last``
+    ``@F``    slot                                     handshake of ``fill``, a slot's last beat
     ``@K``    index                                    a token's last expert has run
     ``@W``    address data strobes                     a register is written (address and data)
     ``@I``    level                                    ``irq`` is new
@@ -332,7 +333,8 @@ class LogPrinter(Elaboratable):
                 m.d.sync += Print(Format(text, cycle, *fields))
 
         token, route, grant = monitor.token.payload, monitor.route.payload, monitor.grant.payload
-        ar, r = monitor.ar.payload, monitor.r.payload
+        ar, r, fill = monitor.ar.payload, monitor.r.payload, monitor.fill.payload
+        last_offset = config.expert_bytes // config.beat_bytes - 1
         with m.If(self.handshakes):
             line(took[Watched.TOKEN], "T", token.new_sequence, token.token_id)
             line(took[Watched.ROUTE], "R", route.layer, route.experts.as_value())
@@ -340,6 +342,7 @@ class LogPrinter(Elaboratable):
             line(took[Watched.RELEASE], "L", monitor.release.payload.slot)
             line(took[Watched.AR], "A", ar.id, ar.addr, ar.len)
             line(took[Watched.R] & r.last, "D", r.id, monitor.burst_resp)
+            line(took[Watched.FILL] & (fill.offset == last_offset), "F", fill.slot)
             line(monitor.finished, "K", monitor.tokens_finished)
             line(monitor.irq_edge, "I", monitor.irq)
             line(
