@@ -66,6 +66,18 @@ CONFIGS = {
         num_transfers=5,
         watchdog_cycles=300,
     ),
+    # The least of everything.
+    "least": preset("tiny").replace(
+        num_layers=1,
+        top_k=1,
+        num_transfers=1,
+        max_outstanding=1,
+        prefetch_outstanding=1,
+        max_burst=1,
+        expert_bytes=64,
+        retry_limit=1,
+        watchdog_cycles=256,
+    ),
 }
 
 
@@ -641,7 +653,7 @@ def random_tables(config: EngineConfig, rng: random.Random) -> list[list[tuple[i
     tables = []
     slot_beats = config.expert_bytes // config.beat_bytes
     for layer in range(config.num_layers):
-        left = slot_beats if rng.random() < 0.8 else rng.randint(1, 6)
+        left = slot_beats if rng.random() < 0.8 else rng.randint(1, min(6, slot_beats))
         table = []
         for _ in range(NUM_SEGMENTS):
             beats = rng.choice((0, 1, rng.randint(0, left), rng.randint(0, left)))

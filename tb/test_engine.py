@@ -121,11 +121,11 @@ def test_random_traffic_matches_golden(name: str) -> None:
 
 
 def test_read_error_is_retried_then_granted() -> None:
-    run("tiny", "read_errors_are_retried", 2)
+    run("tiny", "read_errors_are_retried", 1)
 
 
 def test_lasting_read_error_gives_error_grants_and_leaks_no_slot() -> None:
-    run("tiny", "lasting_read_errors_leak_no_slot", 2)
+    run("tiny", "lasting_read_errors_leak_no_slot", 1)
 
 
 def test_memory_that_never_answers_does_not_hang_the_engine() -> None:
@@ -133,7 +133,7 @@ def test_memory_that_never_answers_does_not_hang_the_engine() -> None:
 
 
 def test_full_event_port_loses_nothing() -> None:
-    run("tiny", "full_event_port_loses_nothing", 2)
+    run("tiny", "full_event_port_loses_nothing", 1)
 
 
 # cocotb ---------------------------------------------------------------------------------------
@@ -620,7 +620,7 @@ async def random_traffic(dut) -> None:
     for seed in SEEDS:
         await tb.reset(seed)
         await tb.program_segments()
-        tb.routes_left = 120
+        tb.routes_left = 80
         commits = cocotb.start_soon(tb.commits())
         await tb.drain()
         await commits

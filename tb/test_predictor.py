@@ -67,7 +67,7 @@ def test_wrong_parameters_are_refused() -> None:
 # cocotb ---------------------------------------------------------------------------------------
 
 SEEDS = json.loads(os.environ.get("SEEDS", "[1]"))
-EVENTS = 40
+EVENTS = 30
 
 
 class TB:

@@ -145,7 +145,7 @@ class Oracle(Checker):
     def filled(self, t, cycle) -> bool:
         return False
 
-    def prefetch_may_start(self, sure: bool = False) -> bool:
+    def prefetch_may_start(self, presented: int = 0) -> bool:
         c = self.config
         return not self.pending and self.prefetch_held() < min(
             c.prefetch_slots, c.transfers - c.top_k

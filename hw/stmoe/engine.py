@@ -6,6 +6,7 @@ from __future__ import annotations
 from amaranth.hdl import Module
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
+
 from stmoe_golden.config import EngineConfig
 
 from .dma_scheduler import DmaScheduler

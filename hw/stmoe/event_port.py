@@ -6,6 +6,7 @@ from __future__ import annotations
 from amaranth.hdl import Cat, Const, Module, Signal
 from amaranth.lib import data, fifo, stream, wiring
 from amaranth.lib.wiring import In, Out
+
 from stmoe_golden.config import EngineConfig
 
 from .payloads import CONTEXT_BITS, CYCLE_BITS, event_layout

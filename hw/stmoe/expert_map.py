@@ -7,6 +7,7 @@ from amaranth.hdl import Array, Cat, Module, Mux, Signal, unsigned
 from amaranth.lib import data, enum, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
+
 from stmoe_golden.config import EngineConfig
 
 __all__ = ["ExpertMap", "LaneState", "lane_bits", "pin_bits", "slot_info_layout"]

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import signed, unsigned
+from amaranth.hdl import Cat, Const, Value, ValueLike, signed, unsigned
 from amaranth.lib import data, enum, stream, wiring
 from amaranth.lib.wiring import In, Out
+
 from stmoe_golden.config import EngineConfig
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "fill_layout",
     "grant_layout",
     "load_layout",
+    "packed",
     "release_layout",
     "route_layout",
     "segment_layout",
@@ -30,6 +32,22 @@ __all__ = [
 CONTEXT_BITS = 1
 TOKEN_ID_BITS = 32
 CYCLE_BITS = 40
+
+
+def packed(layout: data.StructLayout, **fields: ValueLike) -> Value:
+    """All bits of a payload: the fields given, and 0 for the others.
+
+    For payloads with fields that are always 0. A bit that is assigned to a constant apart from its
+    neighbours becomes an `always @*` without inputs, which no Verilog simulator ever runs.
+    """
+    unknown = set(fields) - set(layout.members)
+    if unknown:
+        raise ValueError(f"no such fields: {sorted(unknown)}")
+    parts = []
+    for name, field in layout:
+        value = Cat(fields.get(name, Const(0, 1)))[: field.width]
+        parts += [value, Const(0, field.width - len(value))]
+    return Cat(*parts)
 
 
 class EventKind(enum.IntEnum, shape=5):

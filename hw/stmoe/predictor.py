@@ -227,7 +227,7 @@ class Predictor(wiring.Component):
         # Passes through the tables ---------------------------------------------------------------
         rank = Signal(rank_bits)
         learn_pass, look_pass = Signal(), Signal()
-        steps = [_gain_steps((4,) * top_k), _gain_steps(c.gains)]
+        steps = [_gain_steps((1 << FRACTION_BITS,) * top_k), _gain_steps(c.gains)]
         step = Signal(range(max(len(s) for s in steps)))
         look_rank = Signal(rank_bits)
         first, add, last_step = Signal(), Signal(), Signal()
@@ -278,7 +278,7 @@ class Predictor(wiring.Component):
         fetched_layer, row_layer = Signal.like(fetch_layer), Signal.like(fetch_layer)
         fetch_count, row_count = Signal(range(ahead + 2)), Signal(range(ahead + 2))
         fetch_next, row_next = Signal(), Signal()
-        rows_left = Signal(range(max(layers, ahead + 1)))
+        rows_left = Signal(range(max(2, layers, ahead + 1)))
         row = Signal(score_layout(c))
         own = Signal()
         m.d.comb += own.eq(is_route & (row_count == ahead))
@@ -436,7 +436,7 @@ class Predictor(wiring.Component):
                 m.d.comb += fetch_next.eq(1)
                 m.next = "REQUEST"
             with m.State("REQUEST"):
-                # The first row is added up now, or in the grant's cycle when that comes at once.
+                # The first row is added up now, whether the grant comes at once or not.
                 m.d.comb += [self.commit_request.eq(1), row_next.eq(1)]
                 with m.If(self.commit_grant):
                     m.d.comb += fetch_next.eq(1)

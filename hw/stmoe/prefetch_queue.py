@@ -6,6 +6,7 @@ from __future__ import annotations
 from amaranth.hdl import Module
 from amaranth.lib import fifo, stream, wiring
 from amaranth.lib.wiring import In, Out
+
 from stmoe_golden.config import EngineConfig
 
 from .payloads import selection_layout

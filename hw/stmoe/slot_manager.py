@@ -17,6 +17,7 @@ from .payloads import (
     event_data_bits,
     grant_layout,
     load_layout,
+    packed,
     release_layout,
     route_layout,
     selection_layout,
@@ -168,16 +169,10 @@ class SlotManager(wiring.Component):
         m.submodules.grants = grants = fifo.SyncFIFO(
             width=grant_layout(c).size, depth=4 * top_k
         )
-        counter = {item.name: self.increment[i] for i, item in enumerate(COUNTERS)}
+        counter = {item.name: Signal(name=f"count_{item.name}") for item in COUNTERS}
+        m.d.comb += self.increment.eq(Cat(*counter.values()))
 
-        # A default for the whole value, so that Verilog has no bit that nothing ever drives.
         record = self.record
-        m.d.comb += [
-            record.as_value().eq(0),
-            self.selection_record.as_value().eq(0),
-            self.grant_record.as_value().eq(0),
-            self.increment.eq(0),
-        ]
 
         def emit(kind, **fields):
             return [
@@ -344,26 +339,44 @@ class SlotManager(wiring.Component):
                     m.d.sync += transfer.order.eq(transfer.order + 1)
 
         # Grants ---------------------------------------------------------------------------------
-        grant = Signal(grant_layout(c))
-        grant_push = Signal()
-        m.d.comb += [grant.as_value().eq(0), grants.w_data.eq(grant), grants.w_en.eq(grant_push)]
+        grant_layer = Signal(c.layer_bits)
+        grant_expert = Signal(eb)
+        grant_slot = Signal(c.slot_bits)
+        grant_error, grant_push = Signal(), Signal()
+        m.d.comb += [
+            grants.w_data.eq(
+                packed(
+                    grant_layout(c),
+                    layer=grant_layer,
+                    expert=grant_expert,
+                    slot=grant_slot,
+                    error=grant_error,
+                )
+            ),
+            grants.w_en.eq(grant_push),
+        ]
         out_valid = Signal()
         out = Signal(grant_layout(c))
         m.d.comb += [self.grant.valid.eq(out_valid), self.grant.payload.eq(out)]
         with m.If(~out_valid | self.grant.ready):
             m.d.comb += grants.r_en.eq(~self.hold)
             m.d.sync += [out_valid.eq(grants.r_rdy & ~self.hold), out.eq(grants.r_data)]
-        with m.If(out_valid & self.grant.ready):
-            m.d.comb += [
-                self.grant_record.valid.eq(1),
-                self.grant_record.kind.eq(EventKind.GRANT),
-                self.grant_record.layer.eq(out.layer),
-                self.grant_record.expert.eq(out.expert),
-                self.grant_record.slot.eq(out.slot),
-                self.grant_record.flag.eq(out.error),
-                counter["grants"].eq(~out.error),
-                counter["error_grants"].eq(out.error),
-            ]
+        granted = out_valid & self.grant.ready
+        m.d.comb += [
+            self.grant_record.as_value().eq(
+                packed(
+                    record_layout(c),
+                    valid=granted,
+                    kind=Const(EventKind.GRANT, 5),
+                    layer=out.layer,
+                    expert=out.expert,
+                    slot=out.slot,
+                    flag=out.error,
+                )
+            ),
+            counter["grants"].eq(granted & ~out.error),
+            counter["error_grants"].eq(granted & out.error),
+        ]
 
         # Selections flow into the queue beside everything else ----------------------------------
         m.d.comb += [
@@ -372,15 +385,20 @@ class SlotManager(wiring.Component):
             self.selected.ready.eq(queue.i.ready & ~self.hold),
             counter["replaced"].eq(queue.removed),
         ]
-        with m.If(queue.i.valid & queue.i.ready):
-            m.d.comb += [
-                self.selection_record.valid.eq(1),
-                self.selection_record.kind.eq(EventKind.SELECT),
-                self.selection_record.layer.eq(self.selected.payload.layer),
-                self.selection_record.expert.eq(self.selected.payload.expert),
-                self.selection_record.data.eq(self.selected.payload.score.as_unsigned()),
-                counter["selected"].eq(1),
-            ]
+        queued = queue.i.valid & queue.i.ready
+        m.d.comb += [
+            self.selection_record.as_value().eq(
+                packed(
+                    record_layout(c),
+                    valid=queued,
+                    kind=Const(EventKind.SELECT, 5),
+                    layer=self.selected.payload.layer,
+                    expert=self.selected.payload.expert,
+                    data=self.selected.payload.score.as_unsigned(),
+                )
+            ),
+            counter["selected"].eq(queued),
+        ]
 
         # The experts of a routing event, one a cycle: residents first, then those on their way.
         # Stage 0 reads the slot, stage 1 grants or promotes and reads the pins, stage 2 adds one.
@@ -423,9 +441,9 @@ class SlotManager(wiring.Component):
             ]
             with m.If(stage1_hit):
                 m.d.comb += [
-                    grant.layer.eq(event_layer),
-                    grant.expert.eq(stage1_expert),
-                    grant.slot.eq(table.place.slot),
+                    grant_layer.eq(event_layer),
+                    grant_expert.eq(stage1_expert),
+                    grant_slot.eq(table.place.slot),
                     grant_push.eq(1),
                 ]
             with m.Elif(stage1_promote):
@@ -819,10 +837,10 @@ class SlotManager(wiring.Component):
                 failed = Signal()
                 m.d.comb += [
                     failed.eq(status != CompletionStatus.DONE),
-                    grant.layer.eq(ended.layer),
-                    grant.expert.eq(ended.expert),
-                    grant.slot.eq(Mux(failed, 0, ended.slot)),
-                    grant.error.eq(failed),
+                    grant_layer.eq(ended.layer),
+                    grant_expert.eq(ended.expert),
+                    grant_slot.eq(Mux(failed, 0, ended.slot)),
+                    grant_error.eq(failed),
                     grant_push.eq(1),
                     outstanding_sub.eq(failed),
                 ]

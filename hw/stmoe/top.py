@@ -8,6 +8,7 @@ import os
 from amaranth.hdl import Cat, Module
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
+
 from stmoe_golden.config import EngineConfig
 
 from .axi_flat import connect_axi4_read, flat_axi4_read_ports

@@ -6,6 +6,7 @@ from __future__ import annotations
 from amaranth.hdl import Array, Cat, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
+
 from stmoe_golden.config import USE_BITS, EngineConfig
 
 from .expert_map import LaneState, lane_bits
