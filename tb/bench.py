@@ -153,7 +153,10 @@ def part_sim() -> Iterator[Figure]:
     shutil.rmtree(folder)
     command = "make bench BENCH_ARGS=sim"
     yield Figure(
-        "build of the model, in-repo trace's shape", f"{seconds:.0f} s", "120 s", seconds < 120,
+        "build of the model, in-repo trace's shape",
+        f"{seconds:.0f} s",
+        "120 s",
+        seconds < 120,
         command,
     )
     attention, expert = times_of(config, 1.0)
@@ -165,14 +168,20 @@ def part_sim() -> Iterator[Figure]:
     records, wrong = checked(config, run)
     seconds = time.perf_counter() - began
     yield Figure(
-        "`make sim` default, 500 tokens, run and check", f"{seconds:.0f} s", "90 s", seconds < 90,
+        "`make sim` default, 500 tokens, run and check",
+        f"{seconds:.0f} s",
+        "90 s",
+        seconds < 90,
         command,
     )
     run = simulate(config, trace, 2000, attention_cycles=attention, expert_cycles=expert, seed=2)
     records, wrong = checked(config, run)
     yield Figure(
-        "mismatches, in-repo trace, 2,000 tokens", f"{wrong} of {records:,} events", "0",
-        wrong == 0, command,
+        "mismatches, in-repo trace, 2,000 tokens",
+        f"{wrong} of {records:,} events",
+        "0",
+        wrong == 0,
+        command,
     )
 
 
@@ -187,8 +196,11 @@ def part_gpt_oss() -> Iterator[Figure]:
     run = simulate(config, trace, 500, attention_cycles=attention, expert_cycles=expert, seed=1)
     records, wrong = checked(config, run)
     yield Figure(
-        "mismatches, gpt_oss_20b trace and preset, 500 tokens", f"{wrong} of {records:,} events",
-        "0", wrong == 0, "make bench BENCH_ARGS=gpt_oss",
+        "mismatches, gpt_oss_20b trace and preset, 500 tokens",
+        f"{wrong} of {records:,} events",
+        "0",
+        wrong == 0,
+        "make bench BENCH_ARGS=gpt_oss",
     )
 
 
@@ -225,7 +237,10 @@ def part_latency() -> Iterator[Figure]:
     rate = float(np.mean(gaps))
     yield Figure(
         "sustained routing events, gpt_oss_20b preset, all resident",
-        f"one per {rate:.1f} cycles (worst {max(gaps)})", "64 cycles", rate <= 64, command,
+        f"one per {rate:.1f} cycles (worst {max(gaps)})",
+        "64 cycles",
+        rate <= 64,
+        command,
     )
 
 
@@ -236,15 +251,21 @@ def part_speed() -> Iterator[Figure]:
 
     config = preset("tiny")
     trace = markov_trace(
-        num_tokens=4000, num_layers=config.num_layers, num_experts=config.num_experts,
-        top_k=config.top_k, seed=1,
+        num_tokens=4000,
+        num_layers=config.num_layers,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        seed=1,
     )
     attention, expert = times_of(config, 1.0)
     run = simulate(config, trace, 4000, attention_cycles=attention, expert_cycles=expert)
     speed = run.cycles_per_second
     yield Figure(
-        "harness under cocotb, tiny preset", f"{speed:,.0f} cycles/s", "100,000 cycles/s",
-        speed >= 100_000, "make bench BENCH_ARGS=speed",
+        "harness under cocotb, tiny preset",
+        f"{speed:,.0f} cycles/s",
+        "100,000 cycles/s",
+        speed >= 100_000,
+        "make bench BENCH_ARGS=speed",
     )
 
 
@@ -264,25 +285,36 @@ def part_replay() -> Iterator[Figure]:
         if required:
             speed = result.tokens_per_s
             yield Figure(
-                "golden replay, gpt_oss_20b, one core", f"{speed:,.0f} tokens/s",
-                "10,000 tokens/s", speed >= 10_000, command,
+                "golden replay, gpt_oss_20b, one core",
+                f"{speed:,.0f} tokens/s",
+                "10,000 tokens/s",
+                speed >= 10_000,
+                command,
             )
             yield Figure("its peak memory", f"{peak:.0f} MB", "1,000 MB", peak < 1000, command)
         good = result.coverage >= 0.895 and result.issue_rate < 1.53
         yield Figure(
             f"coverage, {label} trace, threshold from the warm-up half",
             f"{result.coverage:.4f} at issue rate {result.issue_rate:.3f}",
-            ".895 at less than 1.53" if required else "", good if required else None, command,
+            ".895 at less than 1.53" if required else "",
+            good if required else None,
+            command,
         )
         r = result.recall
         yield Figure(
             f"recall@K, 1.5K, 2K, 3K, {label} trace",
-            " ".join(f"{r[key]:.4f}" for key in ("1K", "1.5K", "2K", "3K")), "", None, command,
+            " ".join(f"{r[key]:.4f}" for key in ("1K", "1.5K", "2K", "3K")),
+            "",
+            None,
+            command,
         )
         paper = replay_trace(trace, config, predictor="paper", issue_rate=1.5)
         yield Figure(
             f"the paper's tables, {label} trace, M = 2K",
-            f"{paper.coverage:.4f} at issue rate {paper.issue_rate:.3f}", "", None, command,
+            f"{paper.coverage:.4f} at issue rate {paper.issue_rate:.3f}",
+            "",
+            None,
+            command,
         )
 
 
@@ -293,8 +325,11 @@ def part_dma() -> Iterator[Figure]:
     for latency, floor in ((1, 0.995), (100, 0.95)):
         use = measure_utilisation(latency)
         yield Figure(
-            f"AXI read channel, 64 experts of 4 KiB, latency {latency}", f"{use:.2%} of beats",
-            f"{floor:.1%}", use >= floor, "make bench BENCH_ARGS=dma",
+            f"AXI read channel, 64 experts of 4 KiB, latency {latency}",
+            f"{use:.2%} of beats",
+            f"{floor:.1%}",
+            use >= floor,
+            "make bench BENCH_ARGS=dma",
         )
 
 

@@ -113,9 +113,7 @@ def check_run(run: Any, config: EngineConfig) -> tuple[int, dict[str, list[int]]
         counters=[counter.name for counter in COUNTERS],
     )
     checked = checker.run(run.events)
-    checker.counters["discarded_beats"] = (
-        checker.counters["beats"] - run.totals["fill_beats"]
-    )
+    checker.counters["discarded_beats"] = checker.counters["beats"] - run.totals["fill_beats"]
     counters = {
         counter.name: [run.counters[counter.name], checker.counters[counter.name]]
         for counter in COUNTERS
@@ -281,9 +279,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError("event_port must be true for sim, not false")
         tokens = options.tokens or min(DEFAULT_TOKENS, trace.num_tokens)
         if tokens > trace.num_tokens:
-            raise TraceError(
-                f"{trace.name}: tokens must be 1 to {trace.num_tokens}, not {tokens}"
-            )
+            raise TraceError(f"{trace.name}: tokens must be 1 to {trace.num_tokens}, not {tokens}")
         verilator_folder()
         options.out = options.out.resolve()
         options.out.mkdir(parents=True, exist_ok=True)

@@ -773,7 +773,8 @@ async def random_loads(dut):
     print(f"random_loads {os.environ['CONFIG']}: {total}")
     if len(json.loads(os.environ["SEEDS"])) > 1:
         needed = ["prefetch burst", "demand burst", "cancel", "late cancel"]
-        needed += ["cancel with the last beat", "drained at once", "promote", "empty load"]
+        needed += ["cancel with the last beat", "drained at once", "promote"]
+        needed += ["empty load"] if config.num_layers > 1 else []
         needed += ["promote with bursts left", "status 0", "status 1", "status 2"]
         needed += ["cancel of a demand in the order", "watchdog", f"status {TIMEOUT}"]
         needed += ["retry", "retry of a prefetch"] if config.retry_limit else []

@@ -1,3 +1,4 @@
+# amaranth: UnusedElaboratable=no
 # SPDX-License-Identifier: Apache-2.0
 """The memory model: what it answers, when, in which order, and how it fails."""
 
@@ -336,7 +337,6 @@ def test_no_two_words_are_alike():
     assert word_at(0x1000) == word_at(0x1007) != word_at(0x1008)
 
 
-@pytest.mark.filterwarnings("ignore::amaranth.hdl.UnusedElaboratable")
 def test_depth_is_checked():
     with pytest.raises(ValueError, match="depth must be 1 to 1024, not 0"):
         MemoryModel(CONFIG, depth=0)

@@ -120,9 +120,7 @@ def test_real_20b_routing_resampled_to_tiny_agrees_with_golden():
     with np.load(SHARED) as file:
         experts = file["experts"][:2000, : config.num_layers]
         sequence = file["sequence"][:2000]
-    sets = [
-        [list(dict.fromkeys(int(e) % 8 for e in row)) for row in token] for token in experts
-    ]
+    sets = [[list(dict.fromkeys(int(e) % 8 for e in row)) for row in token] for token in experts]
     keep = [i for i, token in enumerate(sets) if all(len(row) >= 2 for row in token)][:300]
     arrays = {
         "experts": np.array([[row[:2] for row in sets[i]] for i in keep]),
@@ -134,6 +132,7 @@ def test_real_20b_routing_resampled_to_tiny_agrees_with_golden():
 
 
 # A broken engine is found -------------------------------------------------------------------
+
 
 def broken_engine(config: EngineConfig, module: str, old: str, new: str):
     """The engine with one line of one block changed."""

@@ -278,7 +278,10 @@ class Checker:
                 self.fail(record, f"PROMOTE of expert {self.promotes[0]} must come first")
             if self.threshold_due and record.kind != Kind.THRESHOLD:
                 self.fail(record, "THRESHOLD must follow its REGISTER_COMMIT")
-        self.last_operation = max(self.last_operation, self.held_until(record))
+        # The engine starts nothing while it is held, neither operations nor bursts.
+        held = self.held_until(record)
+        self.last_operation = max(self.last_operation, held)
+        self.last_link = max(self.last_link, held)
         self.must_have_acted(record, record.cycle - self.quiet_limit)
         handler(record)
         if record.kind not in BESIDE:
@@ -447,12 +450,21 @@ class Checker:
         """Slots that prefetches hold, loading or draining."""
         return sum(t.prefetch for t in self.transfers.values())
 
-    def prefetch_may_start(self) -> bool:
-        """The rules of the DMA scheduler and the buffer for one more prefetch."""
+    def prefetch_may_start(self, presented: int = 0) -> bool:
+        """The rules of the DMA scheduler and the buffer for one more prefetch.
+
+        ``presented``: 1 where the last address of the prefetch before may stand on the bus, which
+        has not taken it yet.
+        """
         c = self.config
+        unissued = sum(
+            len(t.plan) - t.issued
+            for t in self.transfers.values()
+            if t.prefetch and self.has_bursts(t)
+        )
         return (
             not self.pending
-            and not any(t.prefetch and self.has_bursts(t) for t in self.transfers.values())
+            and unissued <= presented
             and self.prefetch_owed() < c.prefetch_outstanding
             and self.prefetch_held() < min(c.prefetch_slots, c.transfers - c.top_k)
         )
@@ -500,9 +512,14 @@ class Checker:
         waiting = [t for t in self.ended if t.ended != Kind.RETRY]
         for t in waiting:
             # Transfers that end within a few cycles of each other may change places.
-            if t.last_cycle > waiting[0].last_cycle + 2 * self.END_LAG:
+            if self.fills is None and t.last_cycle > waiting[0].last_cycle + 2 * self.END_LAG:
                 break
             if t.index == index and t.ended == record.kind:
+                # A stalled `fill` delays ends by any time; one that has filled long ago goes first.
+                for other in waiting if self.fills is not None else ():
+                    early = t.last_cycle - 2 * self.END_LAG
+                    if other.ended == Kind.FILL_DONE and self.filled(other, early):
+                        self.fail(record, f"the next transfer to end is {other}")
                 self.ended.remove(t)
                 return t
         self.fail(record, f"the next transfer to end is {waiting[0] if waiting else None}")
@@ -591,6 +608,14 @@ class Checker:
                 self.mirror[layer, e] = Lane.PINNED
                 self.grants.append((layer, e, slot, 0))
         self.work.append(((layer + 1) % c.num_layers, None, np.array(experts)))
+        # `learning` and `ordered` are sampled when the route is taken.
+        self.predictor.params = self.predictor.params._replace(
+            learning=self.active.learning,
+            gains=np.array(
+                c.gains if self.active.ordered else (1 << FRACTION_BITS,) * c.top_k,
+                dtype=np.int64,
+            ),
+        )
 
     def _score_commit(self, record: Record) -> None:
         if not self.work:
@@ -628,7 +653,7 @@ class Checker:
         if not demand:
             if not self.queue:
                 self.fail(record, "nothing is demanded or selected")
-            if not self.prefetch_may_start():
+            if not self.prefetch_may_start(presented=1):
                 self.fail(record, "a prefetch may not start now")
         layer = self.latest if demand else self.queue_layer
         expert = (self.pending if demand else self.queue).popleft()
@@ -687,7 +712,7 @@ class Checker:
 
     def _drop(self, record: Record) -> None:
         s = self.predictor.state
-        if self.pending or not self.queue or not self.prefetch_may_start() or self.free:
+        if self.pending or not self.queue or not self.prefetch_may_start(1) or self.free:
             self.fail(record, "no prefetch is being judged")
         expert, layer = self.queue.popleft(), self.queue_layer
         self.expect(record, layer=layer, expert=expert)
@@ -912,15 +937,6 @@ class Checker:
             self.fail(record, "no register commit was requested")
         before, self.active = self.active, self.settings.popleft()
         self.buffer.quota[:] = self.active.quota
-        self.predictor.params = self.predictor.params._replace(
-            learning=self.active.learning,
-            gains=np.array(
-                self.config.gains
-                if self.active.ordered
-                else (1 << FRACTION_BITS,) * self.config.top_k,
-                dtype=np.int64,
-            ),
-        )
         self.threshold_due = self.active.threshold != before.threshold
 
     def _threshold(self, record: Record) -> None:

@@ -71,8 +71,9 @@ class PredictorState(NamedTuple):
     """int32 [L, K]: the latest set of each layer, in rank order; -1 when there is none."""
 
 
-def params_of(config: EngineConfig, *, learning: bool = True, ordered: bool = True
-              ) -> PredictorParams:
+def params_of(
+    config: EngineConfig, *, learning: bool = True, ordered: bool = True
+) -> PredictorParams:
     """Parameters of a configuration; ``ordered`` false makes every rank's gain 4 quarters."""
     one = 1 << FRACTION_BITS
     gains = config.gains if ordered else (one,) * config.top_k
@@ -137,9 +138,7 @@ def learn(p, s, layer, experts):
         score = s.score[layer, e]
         if used[e]:
             delta = (
-                int(score < p.margin_low)
-                + int(score < p.margin_step)
-                + int(score < -p.margin_high)
+                int(score < p.margin_low) + int(score < p.margin_step) + int(score < -p.margin_high)
             )
         else:
             delta = -(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Module, Signal, signed
+from amaranth.hdl import Module, Signal, signed, unsigned
 from amaranth.lib import data, memory, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -61,7 +61,11 @@ class CorrelationTable(wiring.Component):
         m = Module()
         m.submodules.update = update = self.update
         m.submodules.memory = ram = memory.Memory(
-            shape=self.weights.shape(), depth=max(2, self.rows), init=[]
+            # One number for each row: elaborating an initial value lane by lane takes minutes for
+            # a large model.
+            shape=unsigned(self.weights.shape().size),
+            depth=max(2, self.rows),
+            init=[],
         )
         read, write = ram.read_port(), ram.write_port()
 
@@ -71,8 +75,8 @@ class CorrelationTable(wiring.Component):
         m.d.comb += [
             read.addr.eq(self.row),
             read.en.eq(1),
-            self.weights.eq(read.data),
-            update.i.eq(read.data),
+            self.weights.as_value().eq(read.data),
+            update.i.as_value().eq(read.data),
             update.delta.eq(self.delta),
             write.addr.eq(row_write),
             write.data.eq(updated),

@@ -204,9 +204,9 @@ class DmaScheduler(wiring.Component):
         m.submodules.splitter = splitter = BurstSplitter(config)
         wiring.connect(m, splitter.segment_write, wiring.flipped(self.segment_write))
         wiring.connect(m, splitter.ar, wiring.flipped(self.axi.ar))
-        # Demands in the order in which they became demands. One that has been cancelled or given
-        # up stays until it is the first, and so long its index is not used again: each index is
-        # in it at most once.
+        # Demands in the order in which they became demands. One that has no bursts left, because
+        # they are issued, it was cancelled or given up, leaves when it is the first; so long its
+        # index is not used again, so that each index is in it at most once.
         m.submodules.order = order = SyncFIFO(width=index_bits, depth=count)
         ordered = Signal(count)  # transfers that are in it
         join = Signal()
@@ -332,9 +332,7 @@ class DmaScheduler(wiring.Component):
                 & ~cancel_here
                 & (self.promote & ~expire).replicate(count)
             ),
-            promote_issues.eq(
-                prefetch_valid & (promote_here & _one_hot(prefetch, count) & ~finish_here).any()
-            ),
+            promote_issues.eq(prefetch_valid & (promote_here & _one_hot(prefetch, count)).any()),
         ]
 
         # Issue ---

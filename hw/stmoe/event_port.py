@@ -76,9 +76,7 @@ class EventPort(wiring.Component):
         waiting = Signal(len(SOURCES))
         m.d.comb += head.eq(queue.r_data)
         done = Signal(len(SOURCES))
-        m.d.comb += waiting.eq(
-            Cat(head[name].valid for name in SOURCES) & ~done
-        )
+        m.d.comb += waiting.eq(Cat(head[name].valid for name in SOURCES) & ~done)
         chosen = Signal(len(SOURCES))
         record = Signal(record_layout(c))
         for index in reversed(range(len(SOURCES))):

@@ -149,9 +149,7 @@ class ExpertMap(wiring.Component):
             place_write.en.eq(self.place_write),
         ]
 
-        m.submodules.infos = infos = Memory(
-            shape=slot_info_layout(c), depth=c.num_slots, init=[]
-        )
+        m.submodules.infos = infos = Memory(shape=slot_info_layout(c), depth=c.num_slots, init=[])
         info_write = infos.write_port()
         info_read = infos.read_port(transparent_for=(info_write,))
         m.d.comb += [

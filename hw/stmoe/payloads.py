@@ -201,9 +201,7 @@ def axi4_read_signature(config: EngineConfig) -> wiring.Signature:
 
     Bursts are INCR, of full-width beats, and never cross 4 KiB.
     """
-    ar = data.StructLayout(
-        {"id": config.transfer_bits, "addr": config.axi_addr_width, "len": 8}
-    )
+    ar = data.StructLayout({"id": config.transfer_bits, "addr": config.axi_addr_width, "len": 8})
     r = data.StructLayout(
         {"id": config.transfer_bits, "data": config.axi_data_width, "resp": 2, "last": 1}
     )

