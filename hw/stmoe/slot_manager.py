@@ -163,9 +163,8 @@ class SlotManager(wiring.Component):
         m.submodules.map = table = ExpertMap(c)
         m.submodules.chooser = chooser = VictimChooser(c)
         m.submodules.queue = queue = PrefetchQueue(c)
-        free_depth = (
-            c.num_slots + 1
-        )  # its inner FIFO takes one write a cycle only with room to spare
+        # One more than there are: the FIFO takes a write in every cycle only with room to spare.
+        free_depth = c.num_slots + 1
         m.submodules.free = free = fifo.SyncFIFOBuffered(width=c.slot_bits, depth=free_depth)
         m.submodules.grants = grants = fifo.SyncFIFO(width=grant_layout(c).size, depth=4 * top_k)
         counter = {item.name: Signal(name=f"count_{item.name}") for item in COUNTERS}
