@@ -111,6 +111,12 @@ class EngineConfig:
             )
         if self.event_depth & (self.event_depth - 1):
             raise ConfigError(f"event_depth must be a power of two, not {self.event_depth}")
+        limit = 1 << (self.score_bits - 1 - FRACTION_BITS)
+        if not -limit <= self.threshold < limit:
+            raise ConfigError(
+                f"threshold must be {-limit} to {limit - 1} units where a score has {self.score_bits} "
+                f"bits, not {self.threshold}"
+            )
         if self.event_depth < 2 * self.event_margin:
             raise ConfigError(
                 f"event_depth must be at least {2 * self.event_margin} (2 * (max_outstanding + "
