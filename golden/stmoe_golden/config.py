@@ -114,8 +114,8 @@ class EngineConfig:
         limit = 1 << (self.score_bits - 1 - FRACTION_BITS)
         if not -limit <= self.threshold < limit:
             raise ConfigError(
-                f"threshold must be {-limit} to {limit - 1} units where a score has {self.score_bits} "
-                f"bits, not {self.threshold}"
+                f"threshold must be {-limit} to {limit - 1} units where a score has "
+                f"{self.score_bits} bits, not {self.threshold}"
             )
         if self.event_depth < 2 * self.event_margin:
             raise ConfigError(
