@@ -325,9 +325,14 @@ def test_ctrl_c_ends_a_replay_with_one_line(tmp_path):
         path,
     )
     process = subprocess.Popen(
-        [*COMMAND, "replay", str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*COMMAND, "replay", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job in the background ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    time.sleep(2.0)
+    time.sleep(4.0)
     assert process.poll() is None, "the replay was over before it could be interrupted"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
