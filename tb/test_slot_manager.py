@@ -46,6 +46,8 @@ CONFIGS = {
     # Few slots: pinned, loading and draining ones fill the buffer again and again.
     "crowded": EngineConfig(num_layers=3, num_experts=6, quota=0, staging=4, expert_bytes=16),
     "quotas": EngineConfig(num_layers=4, num_experts=5, top_k=3, quota=2, expert_bytes=16),
+    # A queue so long that flushing it outlasts a commit.
+    "long_queue": EngineConfig(num_layers=2, num_experts=24, select_max=24, expert_bytes=16),
 }
 
 

@@ -372,11 +372,14 @@ class SlotManager(wiring.Component):
             counter["error_grants"].eq(granted & out.error),
         ]
 
-        # Selections flow into the queue beside everything else ----------------------------------
+        # Selections flow into the queue beside everything else, but not while what they replace is
+        # still being removed from it.
+        accept = Signal()
         m.d.comb += [
+            accept.eq(~self.hold & ~queue.flush),
             queue.i.payload.eq(self.selected.payload),
-            queue.i.valid.eq(self.selected.valid & ~self.hold),
-            self.selected.ready.eq(queue.i.ready & ~self.hold),
+            queue.i.valid.eq(self.selected.valid & accept),
+            self.selected.ready.eq(queue.i.ready & accept),
             counter["replaced"].eq(queue.removed),
         ]
         queued = queue.i.valid & queue.i.ready
