@@ -330,6 +330,8 @@ class TestContentChecker:
                         faults.add(name)
                 await ctx.tick()
 
+            for _ in range(config.num_slots):
+                await ctx.tick()
             for port in (dut.fill, dut.grant, dut.release):
                 ctx.set(port.ready, 1)
             ctx.set(dut.fill.payload.slot, self.SLOT)

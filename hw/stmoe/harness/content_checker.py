@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from amaranth.hdl import Array, Module, Mux, Signal, Value, ValueLike
+from amaranth.hdl import Module, Mux, Signal, Value, ValueLike
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -101,7 +101,8 @@ class ContentChecker(wiring.Component):
     wrong ends the count: what matters is what the slot holds when it is granted.
 
     At a grant without error the slot must hold all beats of that expert, in order. While it is
-    granted and not released no beat may be written to it.
+    granted and not released no beat may be written to it. In the first ``num_slots`` cycles after
+    reset no grant may come.
 
     Parameters
     ----------
@@ -213,22 +214,41 @@ class ContentChecker(wiring.Component):
             ),
         ]
 
-        # How often each slot is granted and not released; several events may hold one.
-        held = Array(
-            Signal(range(HELD_MAX + 1), name=f"held_{slot}") for slot in range(config.num_slots)
-        )
-        take, release = self.grant.payload.slot, self.release.payload.slot
+        # How often each slot has been granted and released, modulo more than can be outstanding.
+        # Two small memories rather than registers: with many slots these would be most of the
+        # harness. They are cleared after reset, long before the engine can grant anything.
         took, released = Signal(), Signal()
+        clearing = Signal(init=1)
+        clear_slot = Signal(config.slot_bits)
+        with m.If(clearing):
+            m.d.sync += clear_slot.eq(clear_slot + 1)
+            with m.If(clear_slot == config.num_slots - 1):
+                m.d.sync += clearing.eq(0)
+
+        def times(name: str, happens: Value, slot: Value) -> tuple[Value, Value]:
+            """How often something has happened to the slot of the fill and of the release."""
+            m.submodules[name] = counts = Memory(
+                shape=range(2 * HELD_MAX), depth=config.num_slots, init=[]
+            )
+            ports = [counts.read_port(domain="comb") for _ in range(3)]
+            at = (slot, self.fill.payload.slot, self.release.payload.slot)
+            m.d.comb += [port.addr.eq(address) for port, address in zip(ports, at, strict=True)]
+            count = counts.write_port()
+            m.d.comb += [
+                count.en.eq(clearing | happens),
+                count.addr.eq(Mux(clearing, clear_slot, slot)),
+                count.data.eq(Mux(clearing, 0, ports[0].data + 1)),
+            ]
+            return ports[1].data, ports[2].data
+
+        fill_takes, release_takes = times("takes", took, self.grant.payload.slot)
+        fill_releases, release_releases = times(
+            "releases", released & ~self.unheld_fault, self.release.payload.slot
+        )
         m.d.comb += [
             took.eq(self.grant.valid & self.grant.ready & ~self.grant.payload.error),
             released.eq(self.release.valid & self.release.ready),
-            self.unheld_fault.eq(released & (held[release] == 0)),
-            self.held_fault.eq(
-                self.fill.valid & self.fill.ready & (held[self.fill.payload.slot] != 0)
-            ),
+            self.unheld_fault.eq(released & (release_takes == release_releases)),
+            self.held_fault.eq(self.fill.valid & self.fill.ready & (fill_takes != fill_releases)),
         ]
-        with m.If(took & ~(released & (take == release))):
-            m.d.sync += held[take].eq(held[take] + 1)
-        with m.If(released & ~(took & (take == release)) & ~self.unheld_fault):
-            m.d.sync += held[release].eq(held[release] - 1)
         return m
