@@ -36,7 +36,7 @@ SHAPES = {
     "small": EngineConfig(num_layers=5, num_experts=6),
     "large": preset("gpt_oss_20b"),
 }
-SEARCHES = {"one_layer": 30, "one_expert": 40, "single": 20, "odd": 50, "small": 60, "large": 25}
+SEARCHES = {"one_layer": 30, "one_expert": 40, "single": 40, "odd": 50, "small": 60, "large": 25}
 
 
 class Shapes(wiring.Component):
@@ -234,17 +234,17 @@ class TB:
         port["load_expert"].value = s.load_expert
         port["latest_layer"].value = s.latest
         port["current_set"].value = pack_flags(s.current_set)
-        port["over"].value = pack_flags(b.held > b.quota)
-        port["any_ready"].value = pack_flags(ready.any(axis=1))
-        port["start"].value = 1
         self.memory = {
             "row": [pack_row(row, 3) for row in b.lane],
             "score": [pack_row(row, config.score_bits) for row in s.score],
             "use": [pack_row(row, USE_BITS) for row in s.use],
         }
         self.shown = -1
+        over, any_ready = pack_flags(b.held > b.quota), pack_flags(ready.any(axis=1))
+        port["over"].value, port["any_ready"].value = over, any_ready
+        port["start"].value = 1
         levels = (config.num_experts - 1).bit_length()
-        limit = (config.num_layers + 3) * (levels + 6)
+        limit = (config.num_layers + 3) * (levels + 8)
         await self.cycle()
         port["start"].value = 0
         for latency in range(1, limit):
@@ -311,7 +311,7 @@ async def victim_and_latency(dut, shape: str) -> None:
             what = "demand" if s.demand else "prefetch"
             if walk_finds(s, shift):
                 seen[f"{what} takes the walk's first"] += 1
-                expected = 4 + levels + (0 if s.demand else 2)
+                expected = 6 + levels
                 assert latency == expected, f"{latency} cycles, not {expected}, {where}"
                 seen["the walk ends at the latest layer"] += layer == s.latest
             elif (

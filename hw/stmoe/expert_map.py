@@ -55,8 +55,9 @@ class ExpertMap(wiring.Component):
 
     Three memories, each with one synchronous read port (one cycle) and one write port: the state
     of every expert (a row of E lanes per layer), the slot and transfer of every expert, and the
-    expert and pins of every slot. A read sees the writes of all cycles before it. Beside them,
-    registers count each layer's slots that are not free and its evictable ones.
+    expert and pins of every slot. A read sees the writes of all cycles before it, and not one of
+    its own cycle. Beside them, registers count each layer's slots that are not free and its
+    evictable ones.
 
     Parameters
     ----------
@@ -127,7 +128,7 @@ class ExpertMap(wiring.Component):
             shape=data.ArrayLayout(LaneState, experts), depth=layers, init=[]
         )
         row_write = rows.write_port(granularity=1)
-        row_read = rows.read_port(transparent_for=(row_write,))
+        row_read = rows.read_port()
         m.d.comb += [
             row_read.addr.eq(self.row_layer),
             self.row.eq(row_read.data),
@@ -140,7 +141,7 @@ class ExpertMap(wiring.Component):
             shape=self.place_layout, depth=1 << len(self.place_read), init=[]
         )
         place_write = places.write_port()
-        place_read = places.read_port(transparent_for=(place_write,))
+        place_read = places.read_port()
         m.d.comb += [
             place_read.addr.eq(self.place_read),
             self.place.eq(place_read.data),
@@ -151,7 +152,7 @@ class ExpertMap(wiring.Component):
 
         m.submodules.infos = infos = Memory(shape=slot_info_layout(c), depth=c.num_slots, init=[])
         info_write = infos.write_port()
-        info_read = infos.read_port(transparent_for=(info_write,))
+        info_read = infos.read_port()
         m.d.comb += [
             info_read.addr.eq(self.info_read),
             self.info.eq(info_read.data),

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import data, fifo, stream, wiring
+from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from stmoe_golden.config import USE_BITS, EngineConfig
 
-from .expert_map import ExpertMap, LaneState, lane_bits, pin_bits
+from .expert_map import ExpertMap, LaneState, lane_bits, pin_bits, slot_info_layout
 from .payloads import (
     CompletionStatus,
     EventKind,
@@ -46,16 +47,12 @@ def record_layout(config: EngineConfig) -> data.StructLayout:
 
 
 def transfer_layout(config: EngineConfig) -> data.StructLayout:
-    """What the manager keeps of a load in flight."""
+    """What stays the same of a load in flight."""
     return data.StructLayout(
         {
-            "loading": 1,
-            "prefetch": 1,
-            "cancelled": 1,
             "layer": config.layer_bits,
             "expert": lane_bits(config),
             "slot": config.slot_bits,
-            "order": config.transfer_bits,
         }
     )
 
@@ -70,7 +67,7 @@ class SlotManager(wiring.Component):
 
     Latency, in cycles from the one in which ``route`` is taken: a resident expert's grant is valid
     3 later; the load of the first missing expert is handed to the DMA scheduler 1 later when a
-    slot is free, 10 + ceil(log2(E)) - 3 later when a victim is to be chosen.
+    slot is free, 8 + ceil(log2(E)) later when a victim is to be chosen.
 
     Parameters
     ----------
@@ -193,9 +190,13 @@ class SlotManager(wiring.Component):
         outstanding_sub = Signal()
         m.d.sync += outstanding.eq(outstanding + outstanding_add - outstanding_sub)
 
-        transfers = Array(
-            Signal(transfer_layout(c), name=f"transfer_{t}") for t in range(c.transfers)
-        )
+        # Loads in flight: what stays the same in LUT RAM, what changes in registers.
+        m.submodules.loads = loads = Memory(shape=transfer_layout(c), depth=c.transfers, init=[])
+        loads_write, loads_read = loads.write_port(), loads.read_port(domain="comb")
+        loading, prefetching = Signal(c.transfers), Signal(c.transfers)
+        cancelled = Signal(c.transfers)
+        # Ranks the prefetches by their start: 0 is the latest.
+        order = Array(Signal(c.transfer_bits, name=f"order_{t}") for t in range(c.transfers))
         prefetch_held = Signal(range(c.transfers + 1))
         held_add, held_sub = Signal(), Signal()
         m.d.sync += prefetch_held.eq(prefetch_held + held_add - held_sub)
@@ -204,14 +205,22 @@ class SlotManager(wiring.Component):
         draining = Signal(range(c.transfers + 1))
         draining_add, draining_sub = Signal(), Signal()
         m.d.sync += draining.eq(draining + draining_add - draining_sub)
-        cancelling, cancel_flag = Signal(), Signal()
-        gone = Signal(transfer_layout(c))
-        m.d.comb += gone.eq(transfers[self.cancel_transfer])
+        ended_index = Signal(c.transfer_bits)
+        leaving = Signal(c.transfer_bits)
+        """Transfer that is to be cancelled."""
+        cancelling, cancel_flag, cancel_now = Signal(), Signal(), Signal()
+        gone = loads_read.data
+        m.d.comb += [
+            loads_read.addr.eq(Mux(cancel_now, leaving, ended_index)),
+            self.cancel_transfer.eq(leaving),
+        ]
 
         demand_blocked, prefetch_blocked = Signal(), Signal()
         searching = Signal()
         """A victim search is under way or its answer has not been used."""
-        search_demand = Signal()
+        demanding = Signal()
+        """A demand has no slot yet: a load that starts is its."""
+        m.d.comb += demanding.eq(pending != 0)
 
         def first_rank(bits):
             index = Signal(rank_bits, name=f"{bits.name}_rank")
@@ -224,10 +233,17 @@ class SlotManager(wiring.Component):
         missed_rank = first_rank(missed)
         hit_rank = first_rank(hits)
         promote_rank = first_rank(promotes)
+        # Which expert is cancelled next, and whether any is: a cycle behind `disproved`, so nothing
+        # else is begun in the cycle after that has changed.
         disproved_lane = Signal(eb)
+        any_disproved, disproved_changes, disproved_changed = Signal(), Signal(), Signal()
+        m.d.sync += [
+            any_disproved.eq(disproved.any()),
+            disproved_changed.eq(disproved_changes),
+        ]
         for e in reversed(range(experts)):
             with m.If(disproved[e]):
-                m.d.comb += disproved_lane.eq(e)
+                m.d.sync += disproved_lane.eq(e)
 
         # Legality of a waiting route ------------------------------------------------------------
         route = self.route.payload
@@ -238,6 +254,7 @@ class SlotManager(wiring.Component):
         duplicates = [route.experts[i] == route.experts[j] for j in range(top_k) for i in range(j)]
         legal = Signal()
         event_next = Signal(experts)
+        event_lanes = Signal(data.ArrayLayout(unsigned(eb), top_k))
 
         # The row port serves one reader at a time.
         row_layer = Signal(c.layer_bits)
@@ -260,9 +277,9 @@ class SlotManager(wiring.Component):
         load_slot = Signal(c.slot_bits)
         evicting = Signal()
         m.d.comb += [
-            load_layer.eq(Mux(search_demand, event_layer, entry.layer)),
-            load_expert.eq(Mux(search_demand, event_experts[pending_rank], entry.expert[:eb])),
-            chooser.demand.eq(search_demand),
+            load_layer.eq(Mux(demanding, event_layer, entry.layer)),
+            load_expert.eq(Mux(demanding, event_experts[pending_rank], entry.expert[:eb])),
+            chooser.demand.eq(demanding),
             chooser.load_layer.eq(load_layer),
             chooser.load_expert.eq(load_expert),
         ]
@@ -316,21 +333,23 @@ class SlotManager(wiring.Component):
                     ),
                 ),
             ]
-            for t in range(len(transfers)):
-                transfer = transfers[t]
+            m.d.comb += [
+                loads_write.en.eq(1),
+                loads_write.addr.eq(self.start_transfer),
+                loads_write.data.layer.eq(start_layer),
+                loads_write.data.expert.eq(start_expert),
+                loads_write.data.slot.eq(start_slot),
+            ]
+            for t in range(c.transfers):
                 with m.If(self.start_transfer == t):
                     m.d.sync += [
-                        transfer.loading.eq(1),
-                        transfer.prefetch.eq(start_prefetch),
-                        transfer.cancelled.eq(0),
-                        transfer.layer.eq(start_layer),
-                        transfer.expert.eq(start_expert),
-                        transfer.slot.eq(start_slot),
-                        transfer.order.eq(0),
+                        loading[t].eq(1),
+                        prefetching[t].eq(start_prefetch),
+                        cancelled[t].eq(0),
+                        order[t].eq(0),
                     ]
-                # ``order`` ranks the loading prefetches: 0 is the latest started.
-                with m.Elif(start_prefetch & ~transfer.order.all()):
-                    m.d.sync += transfer.order.eq(transfer.order + 1)
+                with m.Elif(start_prefetch & ~order[t].all()):
+                    m.d.sync += order[t].eq(order[t] + 1)
 
         # Grants ---------------------------------------------------------------------------------
         grant_layer = Signal(c.layer_bits)
@@ -398,7 +417,7 @@ class SlotManager(wiring.Component):
         ]
 
         # The experts of a routing event, one a cycle: residents first, then those on their way.
-        # Stage 0 reads the slot, stage 1 grants or promotes and reads the pins, stage 2 adds one.
+        # Stage 0 reads the slot, stage 1 grants and reads the pins, stage 2 promotes and adds one.
         judging = Signal()
         todo_rank = Signal(rank_bits)
         m.d.comb += todo_rank.eq(
@@ -408,8 +427,10 @@ class SlotManager(wiring.Component):
         stage1_hit, stage1_promote = Signal(), Signal()
         stage1_unused = Signal()
         stage1_expert = Signal(eb)
-        stage2 = Signal()
+        stage2, stage2_promote = Signal(), Signal()
         stage2_slot = Signal(c.slot_bits)
+        stage2_expert = Signal(eb)
+        stage2_transfer = Signal(c.transfer_bits)
         rank_state = [Signal(LaneState, name=f"rank_state_{rank}") for rank in range(top_k)]
         judged_all = Signal()
         m.d.comb += judged_all.eq(~(hits.any() | promotes.any() | missed.any()))
@@ -420,7 +441,12 @@ class SlotManager(wiring.Component):
             stage1_expert.eq(event_experts[todo_rank]),
             stage1_unused.eq(Array(rank_state)[todo_rank] == LaneState.READY_UNUSED),
             stage2.eq(stage1 & (stage1_hit | stage1_promote)),
+            stage2_promote.eq(
+                stage1 & stage1_promote & prefetching.bit_select(table.place.transfer, 1)
+            ),
             stage2_slot.eq(table.place.slot),
+            stage2_expert.eq(stage1_expert),
+            stage2_transfer.eq(table.place.transfer),
         ]
         with m.If(judging):
             m.d.comb += table.place_read.eq(Cat(event_experts[todo_rank], event_layer))
@@ -445,22 +471,7 @@ class SlotManager(wiring.Component):
                     grant_push.eq(1),
                 ]
             with m.Elif(stage1_promote):
-                promoted = transfers[table.place.transfer]
                 m.d.comb += counter["lates"].eq(1)
-                with m.If(promoted.prefetch):
-                    m.d.comb += [
-                        self.promote.eq(1),
-                        self.promote_transfer.eq(table.place.transfer),
-                        held_sub.eq(1),
-                        *emit(
-                            EventKind.PROMOTE,
-                            layer=event_layer,
-                            expert=stage1_expert,
-                            slot=table.place.slot,
-                            data=table.place.transfer,
-                        ),
-                    ]
-                    m.d.sync += promoted.prefetch.eq(0)
         with m.If(stage2):
             m.d.comb += [
                 table.info_write.eq(1),
@@ -468,10 +479,24 @@ class SlotManager(wiring.Component):
                 table.info_write_data.eq(table.info),
                 table.info_write_data.pins.eq(table.info.pins + 1),
             ]
+        with m.If(stage2_promote):
+            m.d.comb += [
+                self.promote.eq(1),
+                self.promote_transfer.eq(stage2_transfer),
+                held_sub.eq(1),
+                *emit(
+                    EventKind.PROMOTE,
+                    layer=event_layer,
+                    expert=stage2_expert,
+                    slot=stage2_slot,
+                    data=stage2_transfer,
+                ),
+            ]
+            m.d.sync += prefetching.bit_select(stage2_transfer, 1).eq(0)
 
         # Completions ----------------------------------------------------------------------------
         ended = Signal(transfer_layout(c))
-        ended_index = Signal(c.transfer_bits)
+        ended_prefetch, ended_cancelled = Signal(), Signal()
         status = Signal(CompletionStatus)
         promised = Signal(pin_bits(c))
 
@@ -514,9 +539,9 @@ class SlotManager(wiring.Component):
         resident_states = (LaneState.READY, LaneState.READY_UNUSED, LaneState.PINNED)
         loading_states = (LaneState.LOADING_PREFETCH, LaneState.LOADING_DEMAND)
         row_taken = Signal(data.ArrayLayout(LaneState, experts))
+        released, releasable = Signal(slot_info_layout(c)), Signal()
         threshold_next = Signal()
         newest_found = Signal()
-        newest = Signal(c.transfer_bits)
         newest_order = Signal(c.transfer_bits)
         scan = Signal(c.transfer_bits)
         walk_length = max(layers, c.num_slots)
@@ -530,8 +555,8 @@ class SlotManager(wiring.Component):
                 m.next = "START"
             with m.Elif(free.level == 0):
                 # Not while a slot that has just become free is on its way through the FIFO.
+                m.d.comb += chooser.start.eq(1)
                 m.d.sync += searching.eq(1)
-                m.next = "SEARCH"
 
         with m.FSM(init="CLEAR") as fsm:
             m.d.comb += [
@@ -571,10 +596,10 @@ class SlotManager(wiring.Component):
                         row_layer.eq(chooser.layer),
                     ]
                     with m.If(chooser.done):
-                        m.d.sync += searching.eq(0)
+                        m.d.sync += [searching.eq(0), evicting.eq(1)]
                         with m.If(chooser.admitted):
-                            m.next = "EVICT"
-                        with m.Elif(search_demand):
+                            m.next = "START"
+                        with m.Elif(demanding):
                             m.d.sync += [scan.eq(0), newest_found.eq(0)]
                             m.next = "MAKE-ROOM"
                         with m.Elif(chooser.found):
@@ -586,28 +611,24 @@ class SlotManager(wiring.Component):
                         with m.Else():
                             m.d.sync += prefetch_blocked.eq(1)
                 with m.Elif(self.completion.valid):
-                    index = self.completion.payload.transfer
-                    m.d.comb += [
-                        table.info_read.eq(transfers[index].slot),
-                        self.completion.ready.eq(1),
-                    ]
+                    m.d.comb += self.completion.ready.eq(1)
                     m.d.sync += [
-                        ended.eq(transfers[index]),
-                        ended_index.eq(index),
+                        ended_index.eq(self.completion.payload.transfer),
                         status.eq(self.completion.payload.status),
                         demand_blocked.eq(0),
                         prefetch_blocked.eq(0),
                     ]
-                    m.next = "COMPLETE"
-                with m.Elif((pending != 0) & ~demand_blocked & self.start.ready):
-                    m.d.sync += search_demand.eq(1)
+                    m.next = "ENDED"
+                with m.Elif(demanding & ~demand_blocked & self.start.ready):
                     search_or_start()
-                with m.Elif(disproved.any()):
+                with m.Elif(disproved_changed):
+                    pass
+                with m.Elif(any_disproved):
                     m.d.comb += table.place_read.eq(Cat(disproved_lane, event_layer))
-                    m.next = "CANCEL"
+                    m.next = "DISPROVED"
                 with m.Elif(self.release.valid):
                     m.d.comb += table.info_read.eq(self.release.payload.slot)
-                    m.next = "RELEASE"
+                    m.next = "RELEASED"
                 with m.Elif(self.commit_request):
                     m.d.comb += [
                         row_layer.eq(self.select_layer),
@@ -646,6 +667,7 @@ class SlotManager(wiring.Component):
                 with m.Elif(judge_route):
                     m.d.comb += row_layer.eq(route.layer)
                     m.d.sync += [
+                        *(event_lanes[rank].eq(route.experts[rank]) for rank in range(top_k)),
                         legal.eq(
                             (route.context == 0)
                             & (route.layer == expected_layer)
@@ -663,15 +685,41 @@ class SlotManager(wiring.Component):
                     & (pending == 0)
                     & (prefetch_held < prefetch_limit)
                 ):
-                    m.d.sync += search_demand.eq(0)
                     search_or_start()
 
-            with m.State("SEARCH"):
-                m.d.comb += chooser.start.eq(1)
-                m.next = "IDLE"
+            with m.State("START"):
+                # The victim's slot is read out until the DMA scheduler takes the load.
+                m.d.comb += [
+                    table.place_read.eq(Cat(chooser.expert, chooser.layer)),
+                    row_layer.eq(chooser.layer),
+                    self.start.valid.eq(1),
+                    start_layer.eq(load_layer),
+                    start_expert.eq(load_expert),
+                    start_prefetch.eq(~demanding),
+                    start_slot.eq(Mux(evicting, table.place.slot, load_slot)),
+                    start_evicts.eq(evicting),
+                    victim_layer.eq(chooser.layer),
+                    victim_expert.eq(chooser.expert),
+                    table.row_write_layer.eq(load_layer),
+                    table.row_write_lanes.eq(1 << load_expert),
+                ]
+                for e in range(experts):
+                    m.d.comb += table.row_write_data[e].eq(
+                        Mux(demanding, LaneState.LOADING_DEMAND, LaneState.LOADING_PREFETCH)
+                    )
+                with m.If(self.start.ready):
+                    m.d.comb += [
+                        table.row_write.eq(1),
+                        queue.o.ready.eq(~demanding),
+                    ]
+                    m.d.sync += pending.eq(pending & (pending - 1))
+                    with m.If(evicting):
+                        m.next = "EVICT"
+                    with m.Else():
+                        m.next = "IDLE"
 
             with m.State("EVICT"):
-                # The victim's slot is here: the victim leaves the map, its slot changes hands.
+                # The slot has changed hands; the victim leaves the map.
                 m.d.comb += [
                     table.row_write.eq(1),
                     table.row_write_layer.eq(chooser.layer),
@@ -686,52 +734,22 @@ class SlotManager(wiring.Component):
                         == LaneState.READY_UNUSED
                     ),
                 ]
-                m.d.sync += [
-                    load_slot.eq(table.place.slot),
-                    evicting.eq(1),
-                    victim_layer.eq(chooser.layer),
-                    victim_expert.eq(chooser.expert),
-                ]
-                m.next = "START"
-
-            with m.State("START"):
-                m.d.comb += [
-                    self.start.valid.eq(1),
-                    start_layer.eq(load_layer),
-                    start_expert.eq(load_expert),
-                    start_prefetch.eq(~search_demand),
-                    start_slot.eq(load_slot),
-                    start_evicts.eq(evicting),
-                    table.row_write_layer.eq(load_layer),
-                    table.row_write_lanes.eq(1 << load_expert),
-                ]
-                for e in range(experts):
-                    m.d.comb += table.row_write_data[e].eq(
-                        Mux(search_demand, LaneState.LOADING_DEMAND, LaneState.LOADING_PREFETCH)
-                    )
-                with m.If(self.start.ready):
-                    m.d.comb += [
-                        table.row_write.eq(1),
-                        queue.o.ready.eq(~search_demand),
-                    ]
-                    with m.If(search_demand):
-                        m.d.sync += pending.eq(pending & (pending - 1))
-                    m.next = "IDLE"
+                m.next = "IDLE"
 
             with m.State("MAKE-ROOM"):
                 # No slot and no victim: the last started prefetch gives its slot up, unless one
                 # is on its way to being free already.
-                here = transfers[scan]
                 m.d.sync += scan.eq(scan + 1)
                 with m.If(
-                    here.loading & here.prefetch & (~newest_found | (here.order < newest_order))
+                    (loading & prefetching).bit_select(scan, 1)
+                    & (~newest_found | (order[scan] < newest_order))
                 ):
                     m.d.sync += [
                         newest_found.eq(1),
-                        newest.eq(scan),
-                        newest_order.eq(here.order),
+                        leaving.eq(scan),
+                        newest_order.eq(order[scan]),
                     ]
-                with m.If((draining != 0) | disproved.any()):
+                with m.If((draining != 0) | any_disproved):
                     m.d.sync += demand_blocked.eq(1)
                     m.next = "IDLE"
                 with m.Elif(scan == c.transfers - 1):
@@ -739,25 +757,35 @@ class SlotManager(wiring.Component):
             with m.State("MAKE-ROOM-CANCEL"):
                 m.d.sync += demand_blocked.eq(1)
                 m.d.comb += [
-                    self.cancel_transfer.eq(newest),
+                    cancel_now.eq(1),
                     cancelling.eq(newest_found & ~self.cancel_late),
                     cancel_flag.eq(1),
                 ]
                 m.next = "IDLE"
-            with m.State("CANCEL"):
-                m.d.sync += disproved.eq(disproved & (disproved - 1))
-                m.d.comb += [
-                    self.cancel_transfer.eq(table.place.transfer),
-                    cancelling.eq(~self.cancel_late),
+            with m.State("DISPROVED"):
+                m.d.comb += disproved_changes.eq(1)
+                m.d.sync += [
+                    leaving.eq(table.place.transfer),
+                    disproved.eq(disproved & (disproved - 1)),
                 ]
+                m.next = "CANCEL"
+            with m.State("CANCEL"):
+                m.d.comb += [cancel_now.eq(1), cancelling.eq(~self.cancel_late)]
                 m.next = "IDLE"
 
+            with m.State("ENDED"):
+                m.d.comb += table.info_read.eq(loads_read.data.slot)
+                m.d.sync += [
+                    ended.eq(loads_read.data),
+                    ended_prefetch.eq(prefetching.bit_select(ended_index, 1)),
+                    ended_cancelled.eq(cancelled.bit_select(ended_index, 1)),
+                    loading.bit_select(ended_index, 1).eq(0),
+                ]
+                m.next = "COMPLETE"
             with m.State("COMPLETE"):
                 freed = Signal()
-                for t in range(len(transfers)):
-                    with m.If(ended_index == t):
-                        m.d.sync += transfers[t].loading.eq(0)
                 m.d.comb += [
+                    disproved_changes.eq(any_disproved),
                     table.held_layer.eq(ended.layer),
                     table.held_sub.eq(freed),
                     table.ready_layer.eq(ended.layer),
@@ -768,8 +796,8 @@ class SlotManager(wiring.Component):
                     table.info_write_data.expert.eq(ended.expert),
                     free.w_data.eq(ended.slot),
                     free.w_en.eq(freed),
-                    held_sub.eq(ended.prefetch),
-                    draining_sub.eq(ended.cancelled),
+                    held_sub.eq(ended_prefetch),
+                    draining_sub.eq(ended_cancelled),
                 ]
                 fields = {
                     "layer": ended.layer,
@@ -781,7 +809,7 @@ class SlotManager(wiring.Component):
                 m.next = "IDLE"
                 with m.If(ended.layer == event_layer):
                     # An expert that has arrived, or failed, is no longer to be cancelled.
-                    with m.If(~ended.cancelled):
+                    with m.If(~ended_cancelled):
                         m.d.sync += disproved.eq(disproved & ~(1 << ended.expert))
                 with m.Switch(status):
                     with m.Case(CompletionStatus.DONE):
@@ -790,15 +818,15 @@ class SlotManager(wiring.Component):
                             table.info_write.eq(1),
                             table.info_write_data.resident.eq(1),
                             table.info_write_data.pins.eq(table.info.pins),
-                            table.ready_add.eq(ended.prefetch),
+                            table.ready_add.eq(ended_prefetch),
                             counter["filled"].eq(1),
                             *emit(EventKind.FILL_DONE, **fields),
                         ]
                         for e in range(experts):
                             m.d.comb += table.row_write_data[e].eq(
-                                Mux(ended.prefetch, LaneState.READY_UNUSED, LaneState.PINNED)
+                                Mux(ended_prefetch, LaneState.READY_UNUSED, LaneState.PINNED)
                             )
-                        with m.If(~ended.prefetch):
+                        with m.If(~ended_prefetch):
                             m.next = "PROMISED"
                     with m.Case(CompletionStatus.DRAINED):
                         m.d.comb += [
@@ -809,7 +837,7 @@ class SlotManager(wiring.Component):
                     with m.Default():
                         # ERROR or TIMEOUT; after the latter the slot is never used again.
                         m.d.comb += [
-                            table.row_write.eq(~ended.cancelled),
+                            table.row_write.eq(~ended_cancelled),
                             table.info_write.eq(1),
                             freed.eq(status == CompletionStatus.ERROR),
                             counter["errors"].eq(status == CompletionStatus.ERROR),
@@ -823,7 +851,7 @@ class SlotManager(wiring.Component):
                                 **fields,
                             ),
                         ]
-                        with m.If(~ended.prefetch):
+                        with m.If(~ended_prefetch):
                             m.next = "PROMISED"
             with m.State("PROMISED"):
                 # One grant for each event that waits; normally one.
@@ -841,28 +869,39 @@ class SlotManager(wiring.Component):
                 with m.If(promised == 1):
                     m.next = "IDLE"
 
+            with m.State("RELEASED"):
+                # Block RAM is slow: what it says of the slot is looked at in the next cycle.
+                m.d.sync += [
+                    released.eq(table.info),
+                    releasable.eq(
+                        table.info.resident
+                        & (table.info.pins != 0)
+                        & (self.release.payload.slot < c.num_slots)
+                    ),
+                ]
+                m.next = "RELEASE"
             with m.State("RELEASE"):
                 slot = self.release.payload.slot
                 m.d.comb += [
                     self.release.ready.eq(1),
                     table.info_write_slot.eq(slot),
-                    table.info_write_data.eq(table.info),
-                    table.info_write_data.pins.eq(table.info.pins - 1),
-                    table.row_write_layer.eq(table.info.layer),
-                    table.row_write_lanes.eq(1 << table.info.expert),
-                    table.ready_layer.eq(table.info.layer),
+                    table.info_write_data.eq(released),
+                    table.info_write_data.pins.eq(released.pins - 1),
+                    table.row_write_layer.eq(released.layer),
+                    table.row_write_lanes.eq(1 << released.expert),
+                    table.ready_layer.eq(released.layer),
                 ]
                 for e in range(experts):
                     m.d.comb += table.row_write_data[e].eq(LaneState.READY)
                 m.next = "IDLE"
-                with m.If(table.info.resident & (table.info.pins != 0) & (slot < c.num_slots)):
+                with m.If(releasable):
                     m.d.comb += [
                         table.info_write.eq(1),
                         outstanding_sub.eq(1),
                         counter["releases"].eq(1),
                         *emit(EventKind.RELEASE, slot=slot),
                     ]
-                    with m.If(table.info.pins == 1):
+                    with m.If(released.pins == 1):
                         m.d.comb += [table.row_write.eq(1), table.ready_add.eq(1)]
                         m.d.sync += [demand_blocked.eq(0), prefetch_blocked.eq(0)]
                 with m.Else():
@@ -912,10 +951,9 @@ class SlotManager(wiring.Component):
                         expected_layer.eq(Mux(last, 0, route.layer + 1)),
                         demand_blocked.eq(0),
                         prefetch_blocked.eq(0),
-                        search_demand.eq(1),
                     ]
                     for rank in range(top_k):
-                        lane = route.experts[rank][:eb]
+                        lane = event_lanes[rank]
                         state = Signal(LaneState, name=f"route_state_{rank}")
                         m.d.comb += state.eq(Array(table.row[e] for e in range(experts))[lane])
                         m.d.sync += [
@@ -941,6 +979,7 @@ class SlotManager(wiring.Component):
                 start_now = Signal()
                 m.d.comb += [
                     judging.eq(1),
+                    disproved_changes.eq(1),
                     queue.flush.eq(1),
                     table.row_write.eq(1),
                     table.row_write_layer.eq(event_layer),
@@ -960,13 +999,14 @@ class SlotManager(wiring.Component):
                 ]
                 for e in range(experts):
                     resident = has_state(row_taken[e], *resident_states)
-                    loading = has_state(row_taken[e], *loading_states)
+                    on_its_way = has_state(row_taken[e], *loading_states)
                     m.d.comb += [
                         table.row_write_data[e].eq(
                             Mux(resident, LaneState.PINNED, LaneState.LOADING_DEMAND)
                         ),
                         table.row_write_lanes[e].eq(
-                            (event_set[e] & (resident | loading)) | (taking & (first_missing == e))
+                            (event_set[e] & (resident | on_its_way))
+                            | (taking & (first_missing == e))
                         ),
                     ]
                     m.d.sync += disproved[e].eq(
@@ -1000,7 +1040,8 @@ class SlotManager(wiring.Component):
                     data=self.cancel_transfer,
                 ),
             ]
-            for t in range(len(transfers)):
-                with m.If(self.cancel_transfer == t):
-                    m.d.sync += [transfers[t].loading.eq(0), transfers[t].cancelled.eq(1)]
+            m.d.sync += [
+                loading.bit_select(leaving, 1).eq(0),
+                cancelled.bit_select(leaving, 1).eq(1),
+            ]
         return m

@@ -78,7 +78,9 @@ class VictimChooser(wiring.Component):
     walk and the lowest expert.
 
     The answer comes with ``done``, which stays high until the next ``start``. The walk's first
-    choice takes 4 + ceil(log2(E)) cycles from ``start``, for a prefetch 2 more.
+    choice takes :attr:`latency` cycles from ``start``, 6 + ceil(log2(E)). The last resort of a
+    demand looks at one layer after the other, as many cycles each; one without an evictable
+    expert costs 2.
 
     Source: architecture section 2, *Victim*.
 
@@ -88,13 +90,17 @@ class VictimChooser(wiring.Component):
         One cycle; the other inputs hold until ``done``, ``demand`` until the answer is used.
     demand, load_layer, load_expert, latest_layer, current_set : In
     row_layer, row : Out, In
-        The expert map's row port; also the address of ``score`` and ``use``.
+        The expert map's row port; also the address of ``score`` and ``use``. While not ``busy``
+        it is ``load_layer``, whose row is read in the cycle of ``start``.
     score, use : In
         Row of ``row_layer``, one cycle later.
     over, any_ready : In
         Flags of each layer from the expert map.
+    busy : Out
+        From the cycle after ``start`` until ``done``.
     done, found, admitted, layer, expert : Out
-        ``admitted``: found, and for a prefetch its value is more than the victim's.
+        ``admitted``: found, and for a prefetch its value is more than the victim's. All are
+        registers.
     """
 
     def __init__(self, config: EngineConfig):
@@ -123,100 +129,108 @@ class VictimChooser(wiring.Component):
             }
         )
 
+    @property
+    def latency(self) -> int:
+        """Cycles from ``start`` to ``done`` when the walk's first choice is taken."""
+        return 6 + (self.config.num_experts - 1).bit_length()
+
     def elaborate(self, platform):
         m = Module()
         c = self.config
         layers, experts = c.num_layers, c.num_experts
         m.submodules.lowest = lowest = _LowestValue(c)
 
-        # Highest set bit below latest_layer, else the highest of all: the walk's first match.
+        # The walk's first match: the highest layer below latest_layer, else the highest of all. In
+        # two registers, as it is far from the map's counters to the address of the rows.
         below = Signal(layers)
-        m.d.comb += below.eq(Cat(self.latest_layer > layer for layer in range(layers - 1)))
+        m.d.comb += below.eq(Cat(self.latest_layer > index for index in range(layers - 1)))
 
-        def first_of_walk(name, bits):
+        def highest(name, flags):
+            """Registers of registers: whether any flag is set, and the highest that is."""
+            held = Signal(layers, name=f"{name}_flags")
             index = Signal(c.layer_bits, name=f"{name}_index")
-            chosen = Signal(layers, name=f"{name}_chosen")
-            m.d.comb += chosen.eq(Mux((bits & below).any(), bits & below, bits))
-            for layer in range(layers):
-                with m.If(chosen[layer]):
-                    m.d.comb += index.eq(layer)
-            return index
+            some = Signal(name=f"{name}_some")
+            m.d.sync += [held.eq(flags), some.eq(held.any())]
+            for n in range(layers):
+                with m.If(held[n]):
+                    m.d.sync += index.eq(n)
+            return some, index
 
         over_quota = Signal(layers)
         m.d.comb += over_quota.eq(self.over & self.any_ready)
-        walk_index = first_of_walk("walk", over_quota)
-        rest = Signal(layers)
-        rest_index = first_of_walk("rest", rest)
+        some_below, index_below = highest("below", over_quota & below)
+        some_over, index_over = highest("over", over_quota)
 
         layer = Signal(c.layer_bits)
         excluding = Signal()
         everywhere = Signal()
         value = Array(Signal(signed(c.value_bits), name=f"lane_value_{e}") for e in range(experts))
         mask = Signal(experts)
+        candidate_score = Signal(signed(c.score_bits))
+        candidate_use = Signal(USE_BITS)
         candidate = Signal(signed(c.value_bits))
         count = Signal(range(max(2, lowest.levels + 2)))
-        best_found = Signal()
         best_value = Signal(signed(c.value_bits))
-        best_layer = Signal(c.layer_bits)
-        best_lane = Signal(lane_bits(c))
         tried_own = Signal()
+        lower = Signal()
+        excluded = Signal(experts)
 
         m.d.comb += [
-            self.row_layer.eq(layer),
             lowest.mask.eq(mask),
             *(lowest.values[e].eq(value[e]) for e in range(experts)),
-            self.found.eq(best_found),
-            self.admitted.eq(best_found & (self.demand | (candidate > best_value))),
-            self.layer.eq(best_layer),
-            self.expert.eq(best_lane),
+            excluded.eq(Mux(excluding & (layer == self.latest_layer), self.current_set, 0)),
         ]
-        done = Signal()
-        m.d.comb += self.done.eq(done)
-        excluded = Signal(experts)
-        m.d.comb += excluded.eq(Mux(excluding & (layer == self.latest_layer), self.current_set, 0))
+        m.d.sync += lower.eq(lowest.value < best_value)
+
+        def keep():
+            m.d.sync += [
+                self.found.eq(lowest.found),
+                self.admitted.eq(lowest.found & (self.demand | (candidate > lowest.value))),
+                best_value.eq(lowest.value),
+                self.layer.eq(layer),
+                self.expert.eq(lowest.lane),
+            ]
+
+        before, last = Signal(c.layer_bits), Signal()
+        m.d.comb += before.eq(Mux(layer == 0, layers - 1, layer - 1))
 
         with m.FSM() as fsm:
-            m.d.comb += self.busy.eq(~fsm.ongoing("IDLE"))
+            m.d.comb += [
+                self.busy.eq(~fsm.ongoing("IDLE")),
+                self.row_layer.eq(Mux(fsm.ongoing("IDLE"), self.load_layer, layer)),
+            ]
             with m.State("IDLE"):
-                with m.If(self.start):
-                    m.d.sync += [
-                        done.eq(0),
-                        best_found.eq(0),
-                        tried_own.eq(0),
-                        everywhere.eq(0),
-                        excluding.eq(1),
-                    ]
-                    with m.If(self.demand):
-                        m.d.sync += layer.eq(walk_index)
-                        with m.If(over_quota.any()):
-                            m.next = "READ"
-                        with m.Else():
-                            m.next = "OWN"
-                    with m.Else():
-                        m.d.sync += layer.eq(self.load_layer)
-                        m.next = "CANDIDATE-READ"
-            with m.State("CANDIDATE-READ"):
-                m.next = "CANDIDATE"
-            with m.State("CANDIDATE"):
-                # The row of the layer to be loaded is here; the walk begins with the next one.
                 m.d.sync += [
-                    candidate.eq(
-                        Array(self.score[e] for e in range(experts))[self.load_expert]
-                        + (
-                            Array(self.use[e] for e in range(experts))[self.load_expert]
-                            << c.use_shift
-                        )
-                    ),
-                    layer.eq(walk_index),
+                    tried_own.eq(0),
+                    everywhere.eq(0),
+                    excluding.eq(1),
                 ]
-                with m.If(over_quota.any()):
-                    m.next = "READ"
-                with m.Else():
-                    m.next = "OWN"
+                with m.If(self.start):
+                    m.d.sync += [self.done.eq(0), self.found.eq(0), self.admitted.eq(0)]
+                    m.next = "CANDIDATE"
+            with m.State("CANDIDATE"):
+                # The row of the layer to be loaded is here.
+                m.d.sync += [
+                    candidate_score.eq(
+                        Array(self.score[e] for e in range(experts))[self.load_expert]
+                    ),
+                    candidate_use.eq(Array(self.use[e] for e in range(experts))[self.load_expert]),
+                ]
+                m.next = "WALK"
+            with m.State("WALK"):
+                m.d.sync += [
+                    candidate.eq(candidate_score + (candidate_use << c.use_shift)),
+                    layer.eq(
+                        Mux(some_below, index_below, Mux(some_over, index_over, self.load_layer))
+                    ),
+                    tried_own.eq(~some_over),
+                ]
+                m.next = "READ"
             with m.State("OWN"):
                 m.d.sync += [layer.eq(self.load_layer), tried_own.eq(1)]
                 m.next = "READ"
             with m.State("READ"):
+                m.d.sync += count.eq(0)
                 m.next = "ROW"
             with m.State("ROW"):
                 for e in range(experts):
@@ -227,38 +241,45 @@ class VictimChooser(wiring.Component):
                         mask[e].eq(evictable & ~excluded[e]),
                         value[e].eq(self.score[e] + (self.use[e] << c.use_shift)),
                     ]
-                m.d.sync += count.eq(0)
                 m.next = "COMPARE"
             with m.State("COMPARE"):
                 m.d.sync += count.eq(count + 1)
                 with m.If(count == lowest.levels):
-                    with m.If(
-                        lowest.found & (~everywhere | ~best_found | (lowest.value < best_value))
-                    ):
-                        m.d.sync += [
-                            best_found.eq(1),
-                            best_value.eq(lowest.value),
-                            best_layer.eq(layer),
-                            best_lane.eq(lowest.lane),
-                        ]
+                    with m.If(~everywhere):
+                        keep()
                     with m.If(everywhere):
-                        m.next = "NEXT"
+                        m.next = "KEEP"
                     with m.Elif(lowest.found):
-                        m.d.sync += done.eq(1)
+                        m.d.sync += self.done.eq(1)
                         m.next = "IDLE"
                     with m.Elif(~tried_own & (self.load_layer != layer)):
                         m.next = "OWN"
                     with m.Elif(self.demand):
-                        m.d.sync += [everywhere.eq(1), excluding.eq(0), rest.eq(self.any_ready)]
+                        m.d.sync += [
+                            everywhere.eq(1),
+                            excluding.eq(0),
+                            layer.eq(self.latest_layer),
+                            last.eq(0),
+                        ]
                         m.next = "NEXT"
                     with m.Else():
-                        m.d.sync += done.eq(1)
+                        m.d.sync += self.done.eq(1)
                         m.next = "IDLE"
+            with m.State("KEEP"):
+                # The tree's answer stands: its inputs have not changed.
+                with m.If(lowest.found & (lower | ~self.found)):
+                    keep()
+                m.next = "NEXT"
             with m.State("NEXT"):
-                m.d.sync += [layer.eq(rest_index), rest.eq(rest & ~(1 << rest_index))]
-                with m.If(rest.any()):
+                # Everywhere: from the latest layer down, round to the latest layer again.
+                m.d.sync += [layer.eq(before), last.eq(before == self.latest_layer)]
+                m.next = "SKIP"
+                with m.If(last):
+                    m.d.sync += self.done.eq(1)
+                    m.next = "IDLE"
+            with m.State("SKIP"):
+                with m.If(self.any_ready.bit_select(layer, 1)):
                     m.next = "READ"
                 with m.Else():
-                    m.d.sync += done.eq(1)
-                    m.next = "IDLE"
+                    m.next = "NEXT"
         return m
