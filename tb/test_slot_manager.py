@@ -101,7 +101,7 @@ def test_pinned_slot_is_never_a_victim() -> None:
 
 
 def test_demand_cancels_last_prefetch_when_no_slot_is_left() -> None:
-    run("crowded", "demand_cancels_last_prefetch")
+    run("crowded", "demand_cancels_last_prefetch", 8)
 
 
 def test_fill_that_completes_in_the_cycle_of_its_cancel_wins() -> None:

@@ -208,12 +208,8 @@ class SlotManager(wiring.Component):
         ended_index = Signal(c.transfer_bits)
         leaving = Signal(c.transfer_bits)
         """Transfer that is to be cancelled."""
-        cancelling, cancel_flag, cancel_now = Signal(), Signal(), Signal()
-        gone = loads_read.data
-        m.d.comb += [
-            loads_read.addr.eq(Mux(cancel_now, leaving, ended_index)),
-            self.cancel_transfer.eq(leaving),
-        ]
+        cancelling, cancel_flag = Signal(), Signal()
+        m.d.comb += [loads_read.addr.eq(ended_index), self.cancel_transfer.eq(leaving)]
 
         demand_blocked, prefetch_blocked = Signal(), Signal()
         searching = Signal()
@@ -244,6 +240,18 @@ class SlotManager(wiring.Component):
         for e in reversed(range(experts)):
             with m.If(disproved[e]):
                 m.d.sync += disproved_lane.eq(e)
+
+        # What an operation writes to, known a cycle ahead: in registers, as the map is far away.
+        op_layer = Signal(c.layer_bits)
+        op_expert = Signal(eb)
+        op_lane = Signal(experts)
+        m.d.comb += [
+            op_lane.eq(1 << op_expert),
+            table.row_write_layer.eq(op_layer),
+            table.row_write_lanes.eq(op_lane),
+            table.held_layer.eq(op_layer),
+            table.ready_layer.eq(op_layer),
+        ]
 
         # Legality of a waiting route ------------------------------------------------------------
         route = self.route.payload
@@ -287,7 +295,6 @@ class SlotManager(wiring.Component):
         # Starting a load: the same few lines for both kinds -------------------------------------
         taking = Signal()
         """This cycle the DMA scheduler takes the load described by ``start_*``."""
-        start_layer = Signal(c.layer_bits)
         start_expert = Signal(eb)
         start_slot = Signal(c.slot_bits)
         start_prefetch = Signal()
@@ -296,7 +303,7 @@ class SlotManager(wiring.Component):
         victim_expert = Signal(eb)
         m.d.comb += [
             self.start.payload.prefetch.eq(start_prefetch),
-            self.start.payload.layer.eq(start_layer),
+            self.start.payload.layer.eq(op_layer),
             self.start.payload.expert.eq(start_expert),
             self.start.payload.slot.eq(start_slot),
             taking.eq(self.start.valid & self.start.ready),
@@ -304,23 +311,22 @@ class SlotManager(wiring.Component):
         with m.If(taking):
             m.d.comb += [
                 table.place_write.eq(1),
-                table.place_write_address.eq(Cat(start_expert, start_layer)),
+                table.place_write_address.eq(Cat(start_expert, op_layer)),
                 table.place_write_data.slot.eq(start_slot),
                 table.place_write_data.transfer.eq(self.start_transfer),
                 table.info_write.eq(1),
                 table.info_write_slot.eq(start_slot),
                 table.info_write_data.resident.eq(0),
                 table.info_write_data.pins.eq(~start_prefetch),
-                table.info_write_data.layer.eq(start_layer),
+                table.info_write_data.layer.eq(op_layer),
                 table.info_write_data.expert.eq(start_expert),
                 table.held_add.eq(1),
-                table.held_layer.eq(start_layer),
                 held_add.eq(start_prefetch),
                 counter["prefetch_loads"].eq(start_prefetch),
                 counter["demand_loads"].eq(~start_prefetch),
                 *emit(
                     EventKind.LOAD_START,
-                    layer=start_layer,
+                    layer=op_layer,
                     expert=start_expert,
                     slot=start_slot,
                     flag=Cat(start_prefetch, start_evicts),
@@ -336,7 +342,7 @@ class SlotManager(wiring.Component):
             m.d.comb += [
                 loads_write.en.eq(1),
                 loads_write.addr.eq(self.start_transfer),
-                loads_write.data.layer.eq(start_layer),
+                loads_write.data.layer.eq(op_layer),
                 loads_write.data.expert.eq(start_expert),
                 loads_write.data.slot.eq(start_slot),
             ]
@@ -449,7 +455,6 @@ class SlotManager(wiring.Component):
             stage2_transfer.eq(table.place.transfer),
         ]
         with m.If(judging):
-            m.d.comb += table.place_read.eq(Cat(event_experts[todo_rank], event_layer))
             with m.If(hits.any()):
                 m.d.sync += hits.eq(hits & (hits - 1))
             with m.Elif(promotes.any()):
@@ -461,7 +466,6 @@ class SlotManager(wiring.Component):
                 counter["hits"].eq(stage1_hit),
                 counter["useful"].eq(stage1_hit & stage1_unused),
                 counter["misses"].eq(~stage1_hit & ~stage1_promote),
-                table.info_read.eq(table.place.slot),
             ]
             with m.If(stage1_hit):
                 m.d.comb += [
@@ -495,7 +499,7 @@ class SlotManager(wiring.Component):
             m.d.sync += prefetching.bit_select(stage2_transfer, 1).eq(0)
 
         # Completions ----------------------------------------------------------------------------
-        ended = Signal(transfer_layout(c))
+        ended_slot = Signal(c.slot_bits)
         ended_prefetch, ended_cancelled = Signal(), Signal()
         status = Signal(CompletionStatus)
         promised = Signal(pin_bits(c))
@@ -541,7 +545,7 @@ class SlotManager(wiring.Component):
         row_taken = Signal(data.ArrayLayout(LaneState, experts))
         released, releasable = Signal(slot_info_layout(c)), Signal()
         threshold_next = Signal()
-        newest_found = Signal()
+        leaving_found, leaving_slot = Signal(), Signal(c.slot_bits)
         newest_order = Signal(c.transfer_bits)
         scan = Signal(c.transfer_bits)
         walk_length = max(layers, c.num_slots)
@@ -559,6 +563,37 @@ class SlotManager(wiring.Component):
                 m.d.sync += searching.eq(1)
 
         with m.FSM(init="CLEAR") as fsm:
+            # What is read is told by as little as possible, not by which operation comes next: in
+            # IDLE whatever may be wanted then, and from START on the victim's.
+            of_victim = Signal()
+            m.d.comb += [
+                of_victim.eq(searching | fsm.ongoing("START")),
+                row_layer.eq(
+                    Mux(
+                        of_victim,
+                        chooser.layer,
+                        Mux(self.commit_request, self.select_layer, route.layer),
+                    )
+                ),
+                table.place_read.eq(
+                    Mux(
+                        judging,
+                        Cat(event_experts[todo_rank], event_layer),
+                        Mux(
+                            of_victim,
+                            Cat(chooser.expert, chooser.layer),
+                            Cat(disproved_lane, event_layer),
+                        ),
+                    )
+                ),
+                table.info_read.eq(
+                    Mux(
+                        stage1,
+                        table.place.slot,
+                        Mux(fsm.ongoing("ENDED"), loads_read.data.slot, self.release.payload.slot),
+                    )
+                ),
+            ]
             m.d.comb += [
                 self.initialised.eq(~fsm.ongoing("CLEAR")),
                 self.busy.eq(
@@ -588,19 +623,16 @@ class SlotManager(wiring.Component):
                     m.next = "IDLE"
 
             with m.State("IDLE"):
+                m.d.sync += [op_layer.eq(load_layer), op_expert.eq(load_expert)]
                 with m.If(self.hold):
                     pass
                 with m.Elif(searching):
-                    m.d.comb += [
-                        table.place_read.eq(Cat(chooser.expert, chooser.layer)),
-                        row_layer.eq(chooser.layer),
-                    ]
                     with m.If(chooser.done):
                         m.d.sync += [searching.eq(0), evicting.eq(1)]
                         with m.If(chooser.admitted):
                             m.next = "START"
                         with m.Elif(demanding):
-                            m.d.sync += [scan.eq(0), newest_found.eq(0)]
+                            m.d.sync += [scan.eq(0), leaving_found.eq(0)]
                             m.next = "MAKE-ROOM"
                         with m.Elif(chooser.found):
                             m.d.comb += [
@@ -624,14 +656,11 @@ class SlotManager(wiring.Component):
                 with m.Elif(disproved_changed):
                     pass
                 with m.Elif(any_disproved):
-                    m.d.comb += table.place_read.eq(Cat(disproved_lane, event_layer))
                     m.next = "DISPROVED"
                 with m.Elif(self.release.valid):
-                    m.d.comb += table.info_read.eq(self.release.payload.slot)
                     m.next = "RELEASED"
                 with m.Elif(self.commit_request):
                     m.d.comb += [
-                        row_layer.eq(self.select_layer),
                         self.commit_grant.eq(1),
                         counter["score_commits"].eq(1),
                         *emit(EventKind.SCORE_COMMIT, layer=self.select_layer),
@@ -665,7 +694,6 @@ class SlotManager(wiring.Component):
                         with m.If(token.new_sequence):
                             m.next = "FLUSH"
                 with m.Elif(judge_route):
-                    m.d.comb += row_layer.eq(route.layer)
                     m.d.sync += [
                         *(event_lanes[rank].eq(route.experts[rank]) for rank in range(top_k)),
                         legal.eq(
@@ -690,18 +718,13 @@ class SlotManager(wiring.Component):
             with m.State("START"):
                 # The victim's slot is read out until the DMA scheduler takes the load.
                 m.d.comb += [
-                    table.place_read.eq(Cat(chooser.expert, chooser.layer)),
-                    row_layer.eq(chooser.layer),
                     self.start.valid.eq(1),
-                    start_layer.eq(load_layer),
-                    start_expert.eq(load_expert),
+                    start_expert.eq(op_expert),
                     start_prefetch.eq(~demanding),
                     start_slot.eq(Mux(evicting, table.place.slot, load_slot)),
                     start_evicts.eq(evicting),
                     victim_layer.eq(chooser.layer),
                     victim_expert.eq(chooser.expert),
-                    table.row_write_layer.eq(load_layer),
-                    table.row_write_lanes.eq(1 << load_expert),
                 ]
                 for e in range(experts):
                     m.d.comb += table.row_write_data[e].eq(
@@ -713,6 +736,7 @@ class SlotManager(wiring.Component):
                         queue.o.ready.eq(~demanding),
                     ]
                     m.d.sync += pending.eq(pending & (pending - 1))
+                    m.d.sync += [op_layer.eq(chooser.layer), op_expert.eq(chooser.expert)]
                     with m.If(evicting):
                         m.next = "EVICT"
                     with m.Else():
@@ -722,12 +746,8 @@ class SlotManager(wiring.Component):
                 # The slot has changed hands; the victim leaves the map.
                 m.d.comb += [
                     table.row_write.eq(1),
-                    table.row_write_layer.eq(chooser.layer),
-                    table.row_write_lanes.eq(1 << chooser.expert),
                     table.held_sub.eq(1),
-                    table.held_layer.eq(chooser.layer),
                     table.ready_sub.eq(1),
-                    table.ready_layer.eq(chooser.layer),
                     counter["evictions"].eq(1),
                     counter["useless"].eq(
                         Array(table.row[e] for e in range(experts))[chooser.expert]
@@ -742,10 +762,10 @@ class SlotManager(wiring.Component):
                 m.d.sync += scan.eq(scan + 1)
                 with m.If(
                     (loading & prefetching).bit_select(scan, 1)
-                    & (~newest_found | (order[scan] < newest_order))
+                    & (~leaving_found | (order[scan] < newest_order))
                 ):
                     m.d.sync += [
-                        newest_found.eq(1),
+                        leaving_found.eq(1),
                         leaving.eq(scan),
                         newest_order.eq(order[scan]),
                     ]
@@ -753,30 +773,34 @@ class SlotManager(wiring.Component):
                     m.d.sync += demand_blocked.eq(1)
                     m.next = "IDLE"
                 with m.Elif(scan == c.transfers - 1):
-                    m.next = "MAKE-ROOM-CANCEL"
-            with m.State("MAKE-ROOM-CANCEL"):
-                m.d.sync += demand_blocked.eq(1)
-                m.d.comb += [
-                    cancel_now.eq(1),
-                    cancelling.eq(newest_found & ~self.cancel_late),
-                    cancel_flag.eq(1),
-                ]
-                m.next = "IDLE"
+                    m.d.sync += [demand_blocked.eq(1), cancel_flag.eq(1)]
+                    m.next = "CANCEL-READ"
             with m.State("DISPROVED"):
                 m.d.comb += disproved_changes.eq(1)
                 m.d.sync += [
                     leaving.eq(table.place.transfer),
+                    leaving_found.eq(1),
+                    cancel_flag.eq(0),
                     disproved.eq(disproved & (disproved - 1)),
+                ]
+                m.next = "CANCEL-READ"
+            with m.State("CANCEL-READ"):
+                m.d.comb += loads_read.addr.eq(leaving)
+                m.d.sync += [
+                    op_layer.eq(loads_read.data.layer),
+                    op_expert.eq(loads_read.data.expert),
+                    leaving_slot.eq(loads_read.data.slot),
                 ]
                 m.next = "CANCEL"
             with m.State("CANCEL"):
-                m.d.comb += [cancel_now.eq(1), cancelling.eq(~self.cancel_late)]
+                m.d.comb += cancelling.eq(leaving_found & ~self.cancel_late)
                 m.next = "IDLE"
 
             with m.State("ENDED"):
-                m.d.comb += table.info_read.eq(loads_read.data.slot)
                 m.d.sync += [
-                    ended.eq(loads_read.data),
+                    op_layer.eq(loads_read.data.layer),
+                    op_expert.eq(loads_read.data.expert),
+                    ended_slot.eq(loads_read.data.slot),
                     ended_prefetch.eq(prefetching.bit_select(ended_index, 1)),
                     ended_cancelled.eq(cancelled.bit_select(ended_index, 1)),
                     loading.bit_select(ended_index, 1).eq(0),
@@ -786,31 +810,27 @@ class SlotManager(wiring.Component):
                 freed = Signal()
                 m.d.comb += [
                     disproved_changes.eq(any_disproved),
-                    table.held_layer.eq(ended.layer),
                     table.held_sub.eq(freed),
-                    table.ready_layer.eq(ended.layer),
-                    table.row_write_layer.eq(ended.layer),
-                    table.row_write_lanes.eq(1 << ended.expert),
-                    table.info_write_slot.eq(ended.slot),
-                    table.info_write_data.layer.eq(ended.layer),
-                    table.info_write_data.expert.eq(ended.expert),
-                    free.w_data.eq(ended.slot),
+                    table.info_write_slot.eq(ended_slot),
+                    table.info_write_data.layer.eq(op_layer),
+                    table.info_write_data.expert.eq(op_expert),
+                    free.w_data.eq(ended_slot),
                     free.w_en.eq(freed),
                     held_sub.eq(ended_prefetch),
                     draining_sub.eq(ended_cancelled),
                 ]
                 fields = {
-                    "layer": ended.layer,
-                    "expert": ended.expert,
-                    "slot": ended.slot,
+                    "layer": op_layer,
+                    "expert": op_expert,
+                    "slot": ended_slot,
                     "data": ended_index,
                 }
                 m.d.sync += promised.eq(table.info.pins)
                 m.next = "IDLE"
-                with m.If(ended.layer == event_layer):
+                with m.If(op_layer == event_layer):
                     # An expert that has arrived, or failed, is no longer to be cancelled.
                     with m.If(~ended_cancelled):
-                        m.d.sync += disproved.eq(disproved & ~(1 << ended.expert))
+                        m.d.sync += disproved.eq(disproved & ~op_lane)
                 with m.Switch(status):
                     with m.Case(CompletionStatus.DONE):
                         m.d.comb += [
@@ -832,7 +852,7 @@ class SlotManager(wiring.Component):
                         m.d.comb += [
                             freed.eq(1),
                             counter["drained"].eq(1),
-                            *emit(EventKind.DRAINED, slot=ended.slot, data=ended_index),
+                            *emit(EventKind.DRAINED, slot=ended_slot, data=ended_index),
                         ]
                     with m.Default():
                         # ERROR or TIMEOUT; after the latter the slot is never used again.
@@ -858,9 +878,9 @@ class SlotManager(wiring.Component):
                 failed = Signal()
                 m.d.comb += [
                     failed.eq(status != CompletionStatus.DONE),
-                    grant_layer.eq(ended.layer),
-                    grant_expert.eq(ended.expert),
-                    grant_slot.eq(Mux(failed, 0, ended.slot)),
+                    grant_layer.eq(op_layer),
+                    grant_expert.eq(op_expert),
+                    grant_slot.eq(Mux(failed, 0, ended_slot)),
                     grant_error.eq(failed),
                     grant_push.eq(1),
                     outstanding_sub.eq(failed),
@@ -872,6 +892,8 @@ class SlotManager(wiring.Component):
             with m.State("RELEASED"):
                 # Block RAM is slow: what it says of the slot is looked at in the next cycle.
                 m.d.sync += [
+                    op_layer.eq(table.info.layer),
+                    op_expert.eq(table.info.expert),
                     released.eq(table.info),
                     releasable.eq(
                         table.info.resident
@@ -887,9 +909,6 @@ class SlotManager(wiring.Component):
                     table.info_write_slot.eq(slot),
                     table.info_write_data.eq(released),
                     table.info_write_data.pins.eq(released.pins - 1),
-                    table.row_write_layer.eq(released.layer),
-                    table.row_write_lanes.eq(1 << released.expert),
-                    table.ready_layer.eq(released.layer),
                 ]
                 for e in range(experts):
                     m.d.comb += table.row_write_data[e].eq(LaneState.READY)
@@ -944,6 +963,7 @@ class SlotManager(wiring.Component):
                     ]
                     last = route.layer == layers - 1
                     m.d.sync += [
+                        op_layer.eq(route.layer),
                         event_layer.eq(route.layer),
                         event_set.eq(event_next),
                         row_taken.eq(table.row),
@@ -982,8 +1002,6 @@ class SlotManager(wiring.Component):
                     disproved_changes.eq(1),
                     queue.flush.eq(1),
                     table.row_write.eq(1),
-                    table.row_write_layer.eq(event_layer),
-                    table.ready_layer.eq(event_layer),
                     table.ready_sub.eq(
                         sum(
                             has_state(rank_state[rank], LaneState.READY, LaneState.READY_UNUSED)
@@ -992,7 +1010,6 @@ class SlotManager(wiring.Component):
                     ),
                     start_now.eq((pending != 0) & free.r_rdy & ~self.hold),
                     self.start.valid.eq(start_now),
-                    start_layer.eq(event_layer),
                     start_expert.eq(first_missing),
                     start_slot.eq(free.r_data),
                     free.r_en.eq(taking),
@@ -1027,15 +1044,13 @@ class SlotManager(wiring.Component):
             m.d.comb += [
                 self.cancel.eq(1),
                 table.row_write.eq(1),
-                table.row_write_layer.eq(gone.layer),
-                table.row_write_lanes.eq(1 << gone.expert),
                 draining_add.eq(1),
                 counter["cancelled"].eq(1),
                 *emit(
                     EventKind.CANCEL,
-                    layer=gone.layer,
-                    expert=gone.expert,
-                    slot=gone.slot,
+                    layer=op_layer,
+                    expert=op_expert,
+                    slot=leaving_slot,
                     flag=cancel_flag,
                     data=self.cancel_transfer,
                 ),
