@@ -138,6 +138,11 @@ def _parser() -> argparse.ArgumentParser:
     settings(generate)
     generate.add_argument("-o", dest="output", metavar="FILE.v", required=True)
     generate.add_argument(
+        "--memory-clock",
+        action="store_true",
+        help="give the AXI read manager a clock of its own, m_axi_aclk",
+    )
+    generate.add_argument(
         "--sv-package",
         metavar="FILE.sv",
         help="also write a SystemVerilog package with the streams' payloads as packed structs",
@@ -281,7 +286,7 @@ def _generate(options: argparse.Namespace) -> None:
         output = files.enter_context(replacing(options.output))
         package = options.sv_package and files.enter_context(replacing(options.sv_package))
         try:
-            output.write(generate(config).encode())
+            output.write(generate(config, memory_clock=options.memory_clock).encode())
         except ValueError as error:
             raise CommandError(str(error)) from None
         if package:
