@@ -2,13 +2,18 @@
 // The generated engine behind SystemVerilog interfaces: payloads are the structs of
 // stmoe_engine_pkg, which `stmoe generate --sv-package` writes with the engine's Verilog.
 //
-// rst_ni may be released at any time with clk_i; the reset it gives the engine is synchronous.
+// rst_ni is synchronous to clk_i. With STMOE_MEMORY_CLOCK defined, for an engine that was generated
+// with --memory-clock, m_axi belongs to m_axi_aclk_i, and m_axi_aresetn_o resets what answers it.
 module stmoe_axi
   import stmoe_engine_pkg::*;
 (
     input logic clk_i,
     input logic rst_ni,
     output logic irq_o,
+`ifdef STMOE_MEMORY_CLOCK
+    input logic m_axi_aclk_i,
+    output logic m_axi_aresetn_o,
+`endif
 
     axi4_lite_if.subordinate s_axil,  // registers
     axi4_read_if.manager m_axi,  // reads the experts
@@ -24,6 +29,10 @@ module stmoe_axi
       .clk(clk_i),
       .rst(!rst_ni),
       .irq(irq_o),
+`ifdef STMOE_MEMORY_CLOCK
+      .m_axi_aclk(m_axi_aclk_i),
+      .m_axi_aresetn(m_axi_aresetn_o),
+`endif
 
       .s_axil_awaddr (s_axil.awaddr),
       .s_axil_awprot (s_axil.awprot),

@@ -30,6 +30,17 @@ module stmoe_axi_tb;
     forever #5ns clk = !clk;
   end
 
+`ifdef STMOE_MEMORY_CLOCK
+  // No whole number of its cycles fits one of the engine's.
+  logic memory_clk, memory_rst_n;
+  initial begin
+    memory_clk = 0;
+    forever #1.7ns memory_clk = !memory_clk;
+  end
+`else
+  wire memory_clk = clk, memory_rst_n = rst_n;
+`endif
+
   axi4_lite_if #(.AddrWidth(AxilAddrWidth)) axil ();
   axi4_read_if #(
       .IdWidth(AxiIdWidth), .AddrWidth(AxiAddrWidth), .DataWidth(AxiDataWidth)
@@ -44,6 +55,10 @@ module stmoe_axi_tb;
       .clk_i(clk),
       .rst_ni(rst_n),
       .irq_o(irq),
+`ifdef STMOE_MEMORY_CLOCK
+      .m_axi_aclk_i(memory_clk),
+      .m_axi_aresetn_o(memory_rst_n),
+`endif
       .s_axil(axil),
       .m_axi(axi),
       .token,
@@ -54,8 +69,8 @@ module stmoe_axi_tb;
   );
 
   expert_memory u_memory (
-      .clk_i(clk),
-      .rst_ni(rst_n),
+      .clk_i(memory_clk),
+      .rst_ni(memory_rst_n),
       .axi
   );
 
