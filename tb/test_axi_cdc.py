@@ -9,11 +9,21 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from pathlib import Path
 
 import cocotb
 import pytest
-from amaranth.hdl import ClockDomain, ClockSignal, Module, ResetSignal
+from amaranth.hdl import (
+    ClockDomain,
+    ClockSignal,
+    Module,
+    ResetSignal,
+    Signal,
+    Value,
+    _ir,
+    _nir,
+)
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from cocotb.clock import Clock
@@ -26,7 +36,7 @@ from cocotbext.axi import (
     AxiReadBus,
 )
 
-from simulation import pack, run_bench, seeds, unpack
+from simulation import ROOT, pack, run_bench, seeds, unpack
 from stmoe.axi_cdc import RESET_CYCLES, AxiReadCrossing, CrossingReset, StreamCrossing
 from stmoe.axi_flat import connect_axi4_read, flat_axi4_read_ports
 from stmoe.payloads import fill_layout, grant_layout, release_layout, route_layout, token_layout
@@ -124,6 +134,150 @@ def test_engine_waits_for_the_memorys_clock() -> None:
 
 def test_engine_with_a_memory_clock_loads_the_right_bytes() -> None:
     run("engine", 4, EngineTop(ENGINE, memory_clock=True))
+
+
+class Crossings:
+    """Where one clock's registers feed the other's, from Amaranth's own netlist of a component.
+
+    ``direct`` are registers fed by a register of the other clock and nothing else, ``logic`` by
+    anything more, ``asynchronous`` those that it sets, ``memories`` are written by one clock and
+    read by the other. All as ``module/submodule/register[bit]``; ``registers`` are all there are.
+    """
+
+    def __init__(self, component: wiring.Component) -> None:
+        ports = {}
+        for path, member, value in component.signature.flatten(component):
+            flow = _ir.PortDirection.Input if member.flow == In else _ir.PortDirection.Output
+            ports["__".join(map(str, path))] = (Value.cast(value), flow)
+        self.netlist = netlist = _ir.build_netlist(_ir.Fragment.get(component, None), ports)
+        names = {}
+        for number, module in enumerate(netlist.modules):
+            for signal in module.signal_names:
+                for bit, net in enumerate(netlist.signals[signal]):
+                    if not net.is_const and netlist.cells[net.cell].module_idx == number:
+                        index = f"[{bit}]" if len(signal) > 1 else ""
+                        names.setdefault(net, f"{'/'.join(module.name[1:])}/{signal.name}{index}")
+        self.registers, self.direct, self.logic = set(), set(), set()
+        self.asynchronous, self.memories = set(), set()
+        written = {}
+        for cell in netlist.cells:
+            if isinstance(cell, _nir.SyncWritePort):
+                written.setdefault(cell.memory, set()).add(cell.clk)
+        for index, cell in enumerate(netlist.cells):
+            if isinstance(cell, _nir.FlipFlop):
+                for bit, net in enumerate(cell.data):
+                    name = names.get(_nir.Net.from_cell(index, bit), f"?{index}[{bit}]")
+                    self.registers.add(name)
+                    if self.clocks_of(net) - {cell.clk}:
+                        source = netlist.cells[net.cell]
+                        alone = isinstance(source, _nir.FlipFlop)
+                        (self.direct if alone else self.logic).add(name)
+                    if self.clocks_of(cell.arst) - {cell.clk}:
+                        self.asynchronous.add(name)
+            elif isinstance(cell, _nir.SyncReadPort | _nir.SyncWritePort):
+                place = "/".join(netlist.modules[cell.module_idx].name[1:])
+                if any(self.clocks_of(net) - {cell.clk} for net in cell.input_nets() - {cell.clk}):
+                    self.logic.add(f"{place}/{netlist.cells[cell.memory].name} port")
+                if written[cell.memory] != {cell.clk}:
+                    self.memories.add(f"{place}/{netlist.cells[cell.memory].name}")
+            elif isinstance(cell, _nir.AsyncReadPort):
+                # It would be seen by registers of any clock, and none is expected.
+                place = "/".join(netlist.modules[cell.module_idx].name[1:])
+                if len(written[cell.memory]) != 1:
+                    self.memories.add(f"{place}/{netlist.cells[cell.memory].name}")
+
+    def clocks_of(self, net) -> set:
+        """Clocks of the registers that a net depends on through logic."""
+        clocks, seen, todo = set(), set(), [net]
+        while todo:
+            net = todo.pop()
+            if net.is_const or net in seen:
+                continue
+            seen.add(net)
+            cell = self.netlist.cells[net.cell]
+            if isinstance(cell, _nir.FlipFlop | _nir.SyncReadPort):
+                clocks.add(cell.clk)
+            elif not isinstance(cell, _nir.Top):
+                todo += [source for source, _ in cell.comb_edges_to(net.bit)]
+            if isinstance(cell, _nir.AsyncReadPort):
+                clocks |= {
+                    c.clk
+                    for c in self.netlist.cells
+                    if isinstance(c, _nir.SyncWritePort) and c.memory == cell.memory
+                }
+        return clocks
+
+
+@pytest.fixture(scope="module")
+def crossings() -> Crossings:
+    return Crossings(EngineTop(ENGINE, memory_clock=True))
+
+
+def test_nothing_crosses_but_synchronisers_and_fifo_memories(crossings: Crossings) -> None:
+    """Each synchroniser is fed by a register, with no logic that could glitch in between."""
+    assert crossings.logic == set()
+    pointers = {("ar", 3), ("r", 5)}  # a bit more than the address, for full and empty
+    assert crossings.direct == {"crossing_reset/answer_cdc/stage0"} | {
+        f"crossing/{fifo}/fifo/{side}_cdc/stage0[{bit}]"
+        for fifo, width in pointers
+        for side in ("produce", "consume")
+        for bit in range(width)
+    }
+    assert crossings.memories == {f"crossing/{fifo}/fifo/storage" for fifo in ("ar", "r")}
+    assert crossings.asynchronous == {
+        f"{place}/stage{i}"
+        for place in (
+            "crossing_reset/reset_cdc",
+            "crossing/ar/fifo/rst_cdc",
+            "crossing/r/fifo/rst_cdc",
+        )
+        for i in range(2)
+    }
+
+
+def test_an_unsynchronised_path_would_be_seen() -> None:
+    class Careless(CrossingTop):
+        def elaborate(self, platform: object) -> Module:
+            m = super().elaborate(platform)
+            wrong = Signal()
+            m.d.memory += wrong.eq(self.s_axi_arvalid & m.submodules.reset.manager_reset)
+            m.d.comb += self.m_axi_arqos.eq(wrong)
+            return m
+
+    # The register is an output of the top, and has its name.
+    assert Crossings(Careless()).logic == {"/m_axi_arqos[0]"}
+
+
+def test_vivado_constraints_name_every_crossing_and_nothing_that_is_not_there(
+    crossings: Crossings,
+) -> None:
+    """By the names that Vivado gives to the registers of the generated Verilog."""
+
+    def cell(name: str) -> str:
+        base, bracket, index = name.partition("[")
+        return f"top/engine/{base}_reg{bracket}{index}"
+
+    cells = {cell(name) for name in crossings.registers}
+    cells |= {f"top/engine/{memory}_reg_0_3_0_5" for memory in crossings.memories}
+    lines = (ROOT / "examples/clock_crossing/stmoe_cdc.xdc").read_text().splitlines()
+    covered: dict[str, set[str]] = {"set_max_delay": set(), "ASYNC_REG": set(), "false": set()}
+    sources: set[str] = set()
+    for line in lines:
+        for pattern in re.findall(r"-regexp \{(.*?)\}\]", line):
+            matched = {name for name in cells if re.fullmatch(pattern, name)}
+            assert matched, f"nothing is named {pattern}"
+            if line.startswith("set_max_delay"):
+                to = line.index(pattern) > line.index("-to")
+                (covered["set_max_delay"] if to else sources).update(matched)
+            elif line.startswith("set_false_path"):
+                covered["false"] |= matched
+            elif "ASYNC_REG" in line:
+                covered["ASYNC_REG"] |= matched
+    assert {cell(name) for name in crossings.direct} <= covered["set_max_delay"]
+    assert {f"top/engine/{memory}_reg_0_3_0_5" for memory in crossings.memories} <= sources
+    assert {cell(name) for name in crossings.asynchronous} == covered["false"]
+    stages = {n for n in cells if re.search(r"crossing.*_cdc/stage[01]_reg", n)}
+    assert covered["ASYNC_REG"] == stages
 
 
 @pytest.mark.parametrize(
