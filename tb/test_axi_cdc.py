@@ -27,6 +27,7 @@ from amaranth.hdl import (
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from cocotb.clock import Clock
+from cocotb.simtime import get_sim_time
 from cocotb.triggers import First, RisingEdge, Timer, gather
 from cocotbext.axi import (
     AxiLiteBus,
@@ -122,6 +123,10 @@ def test_every_read_comes_back_whole_at_any_clocks() -> None:
 
 def test_the_slower_clock_is_used_in_every_cycle() -> None:
     run("full_rate", len(PERIODS))
+
+
+def test_a_beat_is_there_after_the_second_edge() -> None:
+    run("latency", len(PERIODS))
 
 
 def test_a_reset_of_any_length_leaves_nothing_behind() -> None:
@@ -418,6 +423,35 @@ async def full_rate(dut):
     dut._log.warning("rate %.4f", rate)
     assert rate >= 0.97, f"{rate:.3f} beats a cycle at periods {tb.periods}"
     await gather(*reads)
+
+
+@cocotb.test(timeout_time=3, timeout_unit="ms")
+async def latency(dut):
+    """From a handshake to the edge at which the other side sees it, in cycles of that side."""
+    tb = TB(dut, SEED, TWO_CLOCKS)
+    await tb.reset()
+    for _ in range(40):
+        read = cocotb.start_soon(tb.master.read(0, CONFIG.beat_bytes))
+        address = await delay(dut, "s_axi_ar", dut.clk, "m_axi_ar", dut.m_axi_aclk)
+        beat = await delay(dut, "m_axi_r", dut.m_axi_aclk, "s_axi_r", dut.clk)
+        for seen, period in ((address, tb.periods[1]), (beat, tb.periods[0])):
+            assert 2 * period - 0.01 <= seen <= 3 * period + 0.01, f"{seen} ns of {period} ns"
+        await read
+        await Timer(tb.rng.randrange(1, 100_000), "ps")
+
+
+async def delay(dut, one: str, one_clock, other: str, other_clock) -> float:
+    """Time in ns from a handshake of ``one`` to the first edge that samples ``other`` valid."""
+    valid, ready = getattr(dut, f"{one}valid"), getattr(dut, f"{one}ready")
+    while True:
+        await RisingEdge(one_clock)
+        if valid.value == 1 and ready.value == 1:
+            break
+    begin = get_sim_time("ns")
+    while True:
+        await RisingEdge(other_clock)
+        if getattr(dut, f"{other}valid").value == 1:
+            return get_sim_time("ns") - begin
 
 
 @cocotb.test(timeout_time=10, timeout_unit="ms")

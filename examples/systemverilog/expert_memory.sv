@@ -15,6 +15,10 @@ module expert_memory
   logic [7:0] left;
   logic answering, pause;
 
+  // With +corrupt the last beat of each burst is wrong, to see that somebody notices.
+  logic corrupt;
+  initial corrupt = $test$plusargs("corrupt") != 0;
+
   // The beat at a byte address.
   function automatic logic [AxiDataWidth-1:0] content(logic [AxiAddrWidth-1:0] beat_address);
     return AxiDataWidth'(beat_address) * AxiDataWidth'('h9e3779b97f4a7c15);
@@ -22,7 +26,7 @@ module expert_memory
 
   assign axi.arready = !answering;
   assign axi.rvalid = answering && !pause;
-  assign axi.rdata = content(address);
+  assign axi.rdata = content(address) ^ AxiDataWidth'(corrupt && axi.rlast);
   assign axi.rlast = left == 0;
   assign axi.rresp = 2'b00;
 

@@ -34,9 +34,9 @@ def _depth(name: str, value: object) -> int:
 class StreamCrossing(wiring.Component):
     """A stream from one clock domain to another, through an :class:`~amaranth.lib.fifo.AsyncFIFO`.
 
-    **Latency.** A beat taken from ``i`` is on ``o`` two to three cycles of the reading clock after
-    the edge that took it. Its place is free for another two to three cycles of the writing clock
-    after ``o`` has given it away.
+    **Latency.** A beat taken from ``i`` is on ``o`` after the second edge of the reading clock, so
+    one to two of its cycles later, and can be taken with the third. Its place is free again after
+    the second edge of the writing clock from when ``o`` has given it away.
 
     **Throughput.** One beat in each cycle of the slower clock, when ``depth`` covers that round
     trip: 8 at clocks that are alike, 16 with any margin for stalls. With less it is ``depth``
