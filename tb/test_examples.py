@@ -127,6 +127,36 @@ def test_fusesoc_generator_refuses_what_it_cannot_make(tmp_path: Path) -> None:
         assert [p.name for p in tmp_path.iterdir()] == ["request.yml"]
 
 
+def test_another_core_gets_the_engine_it_asks_for(tmp_path: Path) -> None:
+    """With what examples/README.md says of such a core."""
+    (yaml_block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    core = yaml.safe_load(yaml_block)
+    core["name"] = "somebody:chip:accelerator:1.0"
+    core["generate"]["engine"]["parameters"]["preset"] = "tiny"  # sooner made
+    core["targets"] = {"default": {"filesets": ["rtl"], "generate": ["engine"]}}
+    core["targets"]["lint"] = {
+        **core["targets"]["default"],
+        "toplevel": "stmoe_engine",
+        "flow": "lint",
+        "flow_options": {"tool": "verilator"},
+    }
+    (tmp_path / "accelerator.core").write_text("CAPI=2:\n" + yaml.safe_dump(core))
+    fusesoc = [sys.executable, "-m", "fusesoc.main", "--cores-root", str(EXAMPLES / "fusesoc")]
+    fusesoc += ["--cores-root", str(tmp_path), "run", "--build-root", str(tmp_path / "build")]
+    run = subprocess.run(
+        [*fusesoc, "--target", "lint", "--setup", core["name"]],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    (verilog,) = tmp_path.glob("build/**/src/**/stmoe_engine.v")
+    assert "m_axis_event" not in verilog.read_text()
+    (package,) = tmp_path.glob("build/**/src/**/stmoe_engine_pkg.sv")
+    assert "event_t" not in package.read_text()
+
+
 def test_amaranth_example_is_30_lines() -> None:
     text = (EXAMPLES / "amaranth_design" / "moe_node.py").read_text()
     body = text[text.index("m = Module()") : text.index("return m")]

@@ -94,7 +94,8 @@ extern "C" void sim_route(unsigned layer, const unsigned *experts, unsigned coun
     top->route_layer = layer;
     top->route_experts = 0;
     // SIM_EXPERT_BITS: from the package, see the Makefile.
-    for (unsigned i = 0; i < count; i++) top->route_experts |= experts[i] << i * SIM_EXPERT_BITS;
+    for (unsigned i = 0; i < count; i++)
+        top->route_experts |= static_cast<uint64_t>(experts[i]) << i * SIM_EXPERT_BITS;
     send("route.ready", top->route_valid, top->route_ready);
 }
 

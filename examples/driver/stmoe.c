@@ -37,8 +37,7 @@ enum stmoe_result stmoe_probe(struct stmoe *engine, uintptr_t base)
     if (get(engine, STMOE_IDENTITY_OFFSET) != STMOE_IDENTITY_RESET)
         return STMOE_ABSENT;
     version = get(engine, STMOE_VERSION_OFFSET);
-    engine->version = FIELD(version, VERSION_MAJOR) << 16 | FIELD(version, VERSION_MINOR) << 8 |
-                      FIELD(version, VERSION_PATCH);
+    engine->version = version;
     if (FIELD(version, VERSION_MAJOR) != MAJOR || FIELD(version, VERSION_MINOR) < MINOR)
         return STMOE_INCOMPATIBLE;
     word = get(engine, STMOE_CAPABILITY0_OFFSET);

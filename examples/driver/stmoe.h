@@ -37,7 +37,7 @@ enum stmoe_result {
 /* One engine, and its shape as stmoe_probe() found it. */
 struct stmoe {
     uintptr_t base;
-    unsigned version; /* major << 16 | minor << 8 | patch */
+    uint32_t version; /* as VERSION has it: major << 16 | minor << 8 | patch */
     unsigned num_layers, num_experts, top_k;
     unsigned num_slots;
     uint32_t slot_bytes; /* largest expert */
