@@ -95,7 +95,10 @@ module stmoe_axi_tb;
   assign fill.ready = 1;
   always_ff @(posedge clk)
     if (fill.valid) begin
-      assert (fill.payload.padding == 0);
+      // Whatever else TDATA has is 0.
+      assert (fill.payload == '{
+          slot: fill.payload.slot, offset: fill.payload.offset, data: fill.payload.data, default: '0
+      });
       buffer[place(32'(fill.payload.slot), 32'(fill.payload.offset))] <= fill.payload.data;
     end
 
@@ -108,7 +111,9 @@ module stmoe_axi_tb;
       release_slot.valid <= 0;
       grants <= 0;
     end else if (grant.valid && grant.ready) begin
-      assert ({used.padding, used.context_} == 0);
+      assert (used == '{
+          layer: used.layer, expert: used.expert, slot: used.slot, error: used.error, default: '0
+      });
       if (used.error) $fatal(1, "a grant with an error");
       if (!wanted[used.layer][$clog2(NumExperts)'(used.expert)])
         $fatal(1, "layer %0d: expert %0d was not asked for", used.layer, used.expert);
@@ -120,7 +125,7 @@ module stmoe_axi_tb;
                  used.expert);
       grants <= grants + 1;
       release_slot.valid <= 1;
-      release_slot.payload <= '{padding: '0, slot: used.slot};
+      release_slot.payload <= '{slot: used.slot, default: '0};
     end
   end
 
@@ -216,19 +221,22 @@ module stmoe_axi_tb;
       axil_write(Segment + layer * 'h40 + 'hc, SlotBeats);
     end
 
+    do axil_read(Status, status); while (!status[2]);
+    if (status != 'b100) $fatal(1, "STATUS is %08h when the tables are clear", status);
+
     // More slots than there are: refused, and an interrupt.
     axil_write(IrqEnable, 'h10);
     axil_write(Quota, NumExperts + 1);
     axil_write(Commit, 1);
     axil_read(Status, status);
-    if (status[31:1] != 'b11 || !irq) $fatal(1, "an illegal quota was not refused");
+    if (!status[1] || status[0] || !irq) $fatal(1, "an illegal quota was not refused");
     axil_write(Status, 'h2);
     axil_write(IrqStatus, 'h10);
     @(negedge clk);
     if (irq) $fatal(1, "the interrupt was not cleared");
     axil_write(Quota, 1);
     axil_write(Commit, 1);
-    do axil_read(Status, status); while (status[0] || !status[2]);
+    do axil_read(Status, status); while (status[0]);
     if (status[1]) $fatal(1, "a legal quota was refused");
 
     // Every other token uses the same experts.
