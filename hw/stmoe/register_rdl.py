@@ -7,6 +7,7 @@ Both come from the table in :mod:`stmoe.register_map`, like the RTL, so none can
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from itertools import groupby
@@ -161,4 +162,7 @@ def write_html(config: EngineConfig, folder: str | Path) -> None:
         source.write_text(systemrdl(config))
         compiler = RDLCompiler()
         compiler.compile_file(str(source))
-        HTMLExporter().export(compiler.elaborate(), str(target))
+        # The folder gets the pages once all of them have been made.
+        pages = Path(scratch) / "pages"
+        HTMLExporter().export(compiler.elaborate(), str(pages))
+        shutil.copytree(pages, target, dirs_exist_ok=True)
