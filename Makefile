@@ -22,14 +22,14 @@ export OBJCACHE ?= ccache
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sim test lint bench generate clean
+.PHONY: help setup sim test lint bench generate registers clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^\([a-z]*\): .*## \(.*\)/\1|\2/p' Makefile | \
 		while IFS='|' read -r target text; do printf '  make %-9s %s\n' "$$target" "$$text"; done
 
-setup: $(READY) ## make .venv with everything needed (sim, test, lint, bench and generate do it too)
+setup: $(READY) ## make .venv with everything needed (the others do it when needed)
 	@echo 'setup: $(VENV) is ready'
 
 sim: $(READY) ## replay a trace in Verilator against golden: TRACE= PRESET= TOKENS= SEED= WAVES=1
@@ -53,6 +53,17 @@ bench: $(READY) ## measure the figures of docs/results.md
 generate: $(READY) ## write a preset's Verilog: PRESET=tiny OUT=build/tiny.v
 	@mkdir -p '$(dir $(or $(OUT),build/))'
 	@$(BIN)/stmoe generate --preset '$(or $(PRESET),tiny)' -o '$(or $(OUT),build/$(or $(PRESET),tiny).v)'
+
+registers: $(READY) ## SystemRDL, C header, Markdown and HTML of the registers: PRESET= OUT=
+	@mkdir -p '$(REGISTERS)'
+	@$(BIN)/stmoe registers --systemrdl $(REGISTERS_OF) -o '$(REGISTERS)/stmoe.rdl'
+	@$(BIN)/stmoe registers --c-header $(REGISTERS_OF) -o '$(REGISTERS)/stmoe_registers.h'
+	@$(BIN)/stmoe registers --markdown $(REGISTERS_OF) -o '$(REGISTERS)/registers.md'
+	@$(BIN)/stmoe registers --html '$(REGISTERS)/html' $(REGISTERS_OF)
+	@echo 'registers: $(REGISTERS)/html/index.html, and beside it stmoe.rdl, stmoe_registers.h' \
+		'and registers.md'
+registers: REGISTERS = $(or $(OUT),build/registers)
+registers: REGISTERS_OF = --preset '$(or $(PRESET),gpt_oss_20b)'
 
 clean: ## remove what the targets above have built, but for .venv
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

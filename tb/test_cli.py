@@ -232,7 +232,7 @@ def top(monkeypatch):
     """A stand-in for the generator, which has its own tests; it returns what `text` says."""
     module = types.ModuleType("stmoe.top")
     module.text = lambda config: f"module stmoe; // {config.threshold}\n"  # type: ignore[attr-defined]
-    module.generate = lambda config: module.text(config)  # type: ignore[attr-defined]
+    module.generate = lambda config, **_: module.text(config)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "stmoe.top", module)
     return module
 

@@ -137,6 +137,16 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--config", metavar="FILE.toml", help="as `stmoe config` writes it")
     settings(generate)
     generate.add_argument("-o", dest="output", metavar="FILE.v", required=True)
+    generate.add_argument(
+        "--memory-clock",
+        action="store_true",
+        help="give the AXI read manager a clock of its own, m_axi_aclk",
+    )
+    generate.add_argument(
+        "--sv-package",
+        metavar="FILE.sv",
+        help="also write a SystemVerilog package with the streams' payloads as packed structs",
+    )
 
     config = command("config", "Print or save a configuration as TOML.")
     config.add_argument("--preset", metavar="NAME", required=True, help=presets)
@@ -269,12 +279,24 @@ def _generate(options: argparse.Namespace) -> None:
         generate = importlib.import_module("stmoe.top").generate
     except ImportError as error:
         raise CommandError(f"generate cannot be loaded: {error}") from None
-    with replacing(options.output) as file:
+    if options.sv_package is not None and _same_file(options.sv_package, options.output):
+        raise CommandError("argument --sv-package: must be another file than -o")
+    # Both or neither: each is put in place only once both have been written.
+    with contextlib.ExitStack() as files:
+        output = files.enter_context(replacing(options.output))
+        package = options.sv_package and files.enter_context(replacing(options.sv_package))
         try:
-            text = generate(config)
+            output.write(generate(config, memory_clock=options.memory_clock).encode())
         except ValueError as error:
             raise CommandError(str(error)) from None
-        file.write(text.encode())
+        if package:
+            from stmoe.sv_package import sv_package
+
+            package.write(sv_package(config).encode())
+
+
+def _same_file(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _config(options: argparse.Namespace) -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The register map: one table that the RTL, ``docs/registers.md`` and the C header come from.
+"""The register map: one table that RTL, ``docs/registers.md``, C header and SystemRDL come from.
 
 The offset of a register never depends on the configuration; only the lengths of the arrays,
 the capabilities and the reset values do. So one driver serves every engine.
 
-``python -m stmoe.register_map --markdown`` (or ``--c-header``) prints the documents.
+``python -m stmoe.register_map --markdown`` (``--c-header``, ``--systemrdl``) prints the documents.
 """
 
 from __future__ import annotations
@@ -587,8 +587,8 @@ def markdown(config: EngineConfig) -> str:
         "# Registers",
         "",
         f"Printed by `{command}`; not written by hand. The RTL (`hw/stmoe/registers.py`), this "
-        "file and the C header (`--c-header`) come from the same table, "
-        "`hw/stmoe/register_map.py`.",
+        "file, the C header (`--c-header`) and the SystemRDL (`--systemrdl`; `--html FOLDER` for "
+        "PeakRDL's pages of it) come from the same table, `hw/stmoe/register_map.py`.",
         "",
         f"This is the map for {origin}: {config.num_layers} layers of {config.num_experts} "
         f"experts, top-{config.top_k}, {config.num_slots} slots. In other configurations every "
@@ -695,13 +695,45 @@ def main(arguments: list[str] | None = None) -> None:
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--markdown", action="store_true", help="the document docs/registers.md")
     kind.add_argument("--c-header", action="store_true", help="a C header")
-    parser.add_argument("--preset", default="gpt_oss_20b", help=f"one of {', '.join(PRESETS)}")
+    kind.add_argument("--systemrdl", action="store_true", help="SystemRDL 2.0")
+    kind.add_argument("--html", metavar="FOLDER", help="PeakRDL's pages, written into FOLDER")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--preset", metavar="NAME", help=f"{', '.join(PRESETS)}; gpt_oss_20b if none is named"
+    )
+    source.add_argument("--config", metavar="FILE.toml", help="as `stmoe config` writes it")
+    parser.add_argument(
+        "-o", dest="output", metavar="FILE", help="write it there (not with --html)"
+    )
     options = parser.parse_args(arguments)
+    if options.html is not None and options.output is not None:
+        parser.error("argument -o: not allowed with argument --html")
+    # SystemRDL is for those who ask for it; it is built on this module.
+    from .register_rdl import RdlError, systemrdl, write_html
+
     try:
-        config = preset(options.preset)
-    except ConfigError as error:
+        if options.config is not None:
+            config = EngineConfig.load(options.config)
+        else:
+            config = preset("gpt_oss_20b" if options.preset is None else options.preset)
+        if options.html is not None:
+            write_html(config, options.html)
+            return
+        if options.markdown:
+            text = markdown(config)
+        else:
+            text = systemrdl(config) if options.systemrdl else c_header(config)
+        if options.output is None:
+            print(text, end="")
+            return
+        from stmoe_golden.traces import replacing
+
+        with replacing(options.output) as file:
+            file.write(text.encode())
+    except (ConfigError, RdlError) as error:
         parser.error(str(error))
-    print(markdown(config) if options.markdown else c_header(config), end="")
+    except OSError as error:
+        parser.error(f"{options.output or options.html}: {error.strerror or error}")
 
 
 if __name__ == "__main__":

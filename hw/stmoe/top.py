@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 
-from amaranth.hdl import Cat, Module
+from amaranth.hdl import Cat, ClockDomain, ClockSignal, Module, ResetSignal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from stmoe_golden.config import EngineConfig
 
+from .axi_cdc import AxiReadCrossing, CrossingReset
 from .axi_flat import connect_axi4_read, flat_axi4_read_ports
 from .axil_flat import connect_axil, flat_axil_ports
 from .engine import Engine
@@ -55,14 +56,31 @@ class EngineTop(wiring.Component):
     from bit 0 up, in the order of its layout in ``payloads.py``, padded with 0 to whole bytes.
     ``clk`` and the synchronous, active-high ``rst`` belong to all of them.
 
+    With ``memory_clock`` the AXI read manager runs on a clock of its own, ``m_axi_aclk``, which may
+    have any frequency and phase (:class:`stmoe.axi_cdc.AxiReadCrossing`). ``rst`` resets both
+    sides, for as long as that takes on either clock: the engine answers nothing while
+    ``m_axi_aclk`` stands still. ``m_axi_aresetn`` is low meanwhile: falls at once, rises in step
+    with ``m_axi_aclk``. It resets whatever answers ``m_axi``. (Without ``memory_clock`` that is
+    reset with ``rst``.)
+
     Parameters
     ----------
     config : :class:`EngineConfig`
+    memory_clock : bool
+        Whether ``m_axi`` has its own clock.
     """
 
-    def __init__(self, config: EngineConfig):
+    def __init__(self, config: EngineConfig, *, memory_clock: bool = False):
         self.config = config
+        self.memory_clock = memory_clock
+        clocks = {
+            "clk": In(1),
+            "rst": In(1),
+            "m_axi_aclk": In(1),
+            "m_axi_aresetn": Out(1),
+        }
         members = {
+            **(clocks if memory_clock else {}),
             **flat_axil_ports(addr_width(config)),
             **flat_axi4_read_ports(config),
             "irq": Out(1),
@@ -79,7 +97,8 @@ class EngineTop(wiring.Component):
         c = self.config
         m.submodules.engine = engine = Engine(c)
         connect_axil(m, self, engine.axil)
-        connect_axi4_read(m, c, self, engine.axi)
+        axi = self._crossing(m, engine) if self.memory_clock else engine.axi
+        connect_axi4_read(m, c, self, axi)
         m.d.comb += self.irq.eq(engine.irq)
         for prefix, (name, layout) in stream_layouts(c).items():
             port = getattr(engine, name)
@@ -100,12 +119,31 @@ class EngineTop(wiring.Component):
                 ]
         return m
 
+    def _crossing(self, m: Module, engine: Engine) -> wiring.PureInterface:
+        """Both clock domains, their reset, and the engine's AXI on the clock of the memory."""
+        m.domains.sync = ClockDomain()
+        m.domains.memory = ClockDomain()
+        m.submodules.crossing_reset = reset = CrossingReset()
+        m.submodules.crossing = crossing = AxiReadCrossing(self.config)
+        m.d.comb += [
+            ClockSignal("sync").eq(self.clk),
+            ClockSignal("memory").eq(self.m_axi_aclk),
+            reset.reset.eq(self.rst),
+            ResetSignal("sync").eq(reset.manager_reset),
+            ResetSignal("memory").eq(reset.memory_reset),
+            self.m_axi_aresetn.eq(~reset.memory_reset),
+        ]
+        wiring.connect(m, engine.axi, crossing.manager)
+        return crossing.memory
 
-def generate(config: EngineConfig, *, name: str = "stmoe_engine") -> str:
-    """Verilog of the engine as module ``name``; the same configuration gives the same text."""
+
+def generate(
+    config: EngineConfig, *, name: str = "stmoe_engine", memory_clock: bool = False
+) -> str:
+    """Verilog of the engine as module ``name``; the same arguments give the same text."""
     os.environ.setdefault("AMARANTH_USE_YOSYS", "builtin")
     from amaranth.back import verilog
 
     return "// SPDX-License-Identifier: Apache-2.0\n" + verilog.convert(
-        EngineTop(config), name=name, emit_src=False
+        EngineTop(config, memory_clock=memory_clock), name=name, emit_src=False
     )
