@@ -44,7 +44,7 @@ test: $(READY) ## run every bench and test: PYTEST_ARGS= SEED=
 lint: $(READY) ## ruff, mypy, and Verilator's lint of every preset's Verilog
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy golden/stmoe_golden tb/lint_verilog.py
+	@$(BIN)/mypy golden/stmoe_golden hw/stmoe/board hw/stmoe/cli.py tb/lint_verilog.py
 	@$(BIN)/python tb/lint_verilog.py
 
 bench: $(READY) ## measure the figures of docs/results.md

@@ -55,7 +55,7 @@ def simulate(config: EngineConfig, trace: Trace, tokens: int, **options: Any) ->
 
 def checked(config: EngineConfig, run: Any) -> tuple[int, int]:
     """(records checked, mismatches) of a run against the golden model."""
-    from sim import check_run
+    from stmoe.harness.run_log import check_run
     from stmoe_golden.checker import Mismatch
 
     try:
@@ -142,8 +142,8 @@ def bound(values: list[int]) -> str:
 
 def part_sim() -> Iterator[Figure]:
     """The model's build, the default run, and 2,000 tokens against golden."""
-    from sim import times_of
     from sim_run import build_simulation
+    from stmoe.harness.run_log import times_of
 
     trace = load_trace(IN_REPO)
     config = config_for(trace)
@@ -187,7 +187,7 @@ def part_sim() -> Iterator[Figure]:
 
 def part_gpt_oss() -> Iterator[Figure]:
     """500 tokens of a 20 B model's routing against golden, with its preset."""
-    from sim import times_of
+    from stmoe.harness.run_log import times_of
 
     if not GPT_OSS.exists():
         return
@@ -211,7 +211,7 @@ def part_latency() -> Iterator[Figure]:
     if trace is None:
         trace = load_trace(IN_REPO)
         config = config_for(trace)
-    from sim import times_of
+    from stmoe.harness.run_log import times_of
 
     command = "make bench BENCH_ARGS=latency"
     # A slow accelerator: the link is idle when the next event comes.
@@ -246,7 +246,7 @@ def part_latency() -> Iterator[Figure]:
 
 def part_speed() -> Iterator[Figure]:
     """Simulated cycles in a second of wall time."""
-    from sim import times_of
+    from stmoe.harness.run_log import times_of
     from stmoe_golden.synthetic import markov_trace
 
     config = preset("tiny")

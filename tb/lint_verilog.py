@@ -36,9 +36,14 @@ LARGE = 1 << 24
 
 def lint(name: str) -> str:
     """Findings of one preset's Verilog, as Verilator prints them; empty if there are none."""
+    return lint_text(generate(preset(name)), name)
+
+
+def lint_text(text: str, name: str) -> str:
+    """Findings of some Verilog; empty if there are none."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / f"{name}.v"
-        source.write_text(generate(preset(name)))
+        source.write_text(text)
         run = subprocess.run(
             [
                 str(verilator_folder() / "verilator"),

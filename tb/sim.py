@@ -18,9 +18,10 @@ from typing import Any, NoReturn
 import numpy as np
 
 from simulation import BUILD, ROOT
+from stmoe.harness.run_log import RunLog, check_run, times_of
 from stmoe.toolchain import ToolError, verilator_folder
-from stmoe_golden.checker import Checker, Mismatch, Segment, Settings
-from stmoe_golden.config import FRACTION_BITS, ConfigError, EngineConfig, preset
+from stmoe_golden.checker import Mismatch
+from stmoe_golden.config import ConfigError, EngineConfig, preset
 from stmoe_golden.traces import Trace, TraceError, config_for, load_trace
 
 DEFAULT_TRACE = ROOT / "sim_traces" / "olmoe_stdlib_8x32.npz"
@@ -70,58 +71,7 @@ def ratio(text: str) -> float:
     return value
 
 
-def times_of(config: EngineConfig, load_ratio: float) -> tuple[int, int]:
-    """(attention, expert) cycles: a layer is half attention, half K experts, and the time to load
-    K experts over the full link is ``load_ratio`` times the layer's."""
-    load = config.top_k * config.expert_bytes // config.beat_bytes
-    layer = load / load_ratio
-    return max(1, round(layer / 2)), max(1, round(layer / 2 / config.top_k))
-
-
-def check_run(run: Any, config: EngineConfig) -> tuple[int, dict[str, list[int]]]:
-    """Golden model in lockstep with a run's log.
-
-    Returns
-    -------
-    (int, dict)
-        Records checked; every counter as [rtl, golden].
-
-    Raises
-    ------
-    Mismatch
-    """
-    from stmoe.harness.content_checker import AddressMap
-    from stmoe.register_map import COUNTERS
-
-    addresses = AddressMap(config, None)
-    segments = [
-        [Segment(addresses.base(layer), addresses.stride, addresses.beats)]
-        for layer in range(config.num_layers)
-    ]
-    reset = Settings(config.threshold << FRACTION_BITS, [config.quota] * config.num_layers)
-    checker = Checker(
-        config,
-        segments=segments,
-        settings=[reset, *getattr(run, "settings", [])],
-        tokens=run.tokens,
-        routes=run.routes,
-        releases=run.releases,
-        grants=run.grants,
-        addresses=run.ar,
-        last_beats=run.last_beats,
-        fills=run.filled,
-        counters=[counter.name for counter in COUNTERS],
-    )
-    checked = checker.run(run.events)
-    checker.counters["discarded_beats"] = checker.counters["beats"] - run.totals["fill_beats"]
-    counters = {
-        counter.name: [run.counters[counter.name], checker.counters[counter.name]]
-        for counter in COUNTERS
-    }
-    return checked, counters
-
-
-def latency_of(run: Any) -> dict[str, float]:
+def latency_of(run: RunLog) -> dict[str, float]:
     """Cycles per token, from the token's handshake to the end of its last expert."""
     begun = {i: token.cycle for i, token in enumerate(run.tokens)}
     spans = np.array([f.cycle - begun[f.token] for f in run.finished], dtype=float)
@@ -237,7 +187,7 @@ def simulate(options: argparse.Namespace, trace: Trace, config: EngineConfig) ->
     return 0
 
 
-def summary(report: dict[str, Any], run: Any) -> None:
+def summary(report: dict[str, Any], run: RunLog) -> None:
     """What a newcomer wants to see."""
     count = {name: pair[0] for name, pair in report["counters"].items()}
     needed = count["hits"] + count["lates"] + count["misses"]

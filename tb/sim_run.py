@@ -13,9 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from amaranth.back import verilog
@@ -23,11 +22,25 @@ from amaranth.back import verilog
 from simulation import BUILD, ROOT, find_verilator
 from stmoe.harness.content_checker import AddressMap
 from stmoe.harness.harness import MEMORY_INPUTS
-from stmoe.payloads import EventKind
+from stmoe.harness.run_log import (
+    Burst,
+    Event,
+    Filled,
+    Finished,
+    Grant,
+    Irq,
+    LastBeat,
+    Release,
+    Route,
+    RunLog,
+    Token,
+    Violation,
+    Write,
+)
 from stmoe.toolchain import ToolError
 from stmoe_golden.config import EngineConfig
 
-__all__ = ["SimulationError", "SimulationLog", "build_simulation", "read_log", "run_simulation"]
+__all__ = ["SimulationError", "build_simulation", "read_log", "run_simulation"]
 
 TOP = "sim_top"
 
@@ -58,116 +71,6 @@ OUTPUTS = (
 """Outputs of the harness that are read at the end of a run."""
 
 
-class Event(NamedTuple):
-    """A record of the engine's event port; ``delivered`` is the cycle of its handshake."""
-
-    cycle: int
-    kind: int
-    context: int
-    layer: int
-    expert: int
-    slot: int
-    flag: int
-    data: int
-    delivered: int = 0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.cycle} {EventKind(self.kind).name} layer {self.layer} expert {self.expert} "
-            f"slot {self.slot} flag {self.flag} data {self.data:#x}"
-        )
-
-
-class Token(NamedTuple):
-    """Handshake of ``token``."""
-
-    cycle: int
-    new_sequence: int
-    token_id: int
-
-
-class Route(NamedTuple):
-    """Handshake of ``route``; ``experts`` in rank order."""
-
-    cycle: int
-    layer: int
-    experts: tuple[int, ...]
-
-
-class Grant(NamedTuple):
-    """Handshake of ``grant``."""
-
-    cycle: int
-    layer: int
-    expert: int
-    slot: int
-    error: int
-
-
-class Release(NamedTuple):
-    """Handshake of ``release``."""
-
-    cycle: int
-    slot: int
-
-
-class Burst(NamedTuple):
-    """Handshake of AR; ``length`` in beats."""
-
-    cycle: int
-    id: int
-    address: int
-    length: int
-
-
-class LastBeat(NamedTuple):
-    """Handshake of R with ``last``; ``resp`` is the worst of the burst."""
-
-    cycle: int
-    id: int
-    resp: int
-
-
-class Filled(NamedTuple):
-    """Handshake of ``fill`` with a slot's last beat."""
-
-    cycle: int
-    slot: int
-
-
-class Finished(NamedTuple):
-    """Last cycle of the last expert of a token."""
-
-    cycle: int
-    token: int
-
-
-class Irq(NamedTuple):
-    """First cycle of a new level of ``irq``."""
-
-    cycle: int
-    level: int
-
-
-class Write(NamedTuple):
-    """A register write: the cycle in which both address and data had been taken."""
-
-    cycle: int
-    address: int
-    data: int
-    strobes: int
-
-
-class Violation(NamedTuple):
-    """A failed check; ``what`` and the meaning of a, b and c: ``content_checker.Fault``."""
-
-    cycle: int
-    what: int
-    a: int
-    b: int
-    c: int
-
-
 LINES: dict[str, tuple[str, type]] = {
     "E": ("events", Event),
     "T": ("tokens", Token),
@@ -182,49 +85,13 @@ LINES: dict[str, tuple[str, type]] = {
     "W": ("writes", Write),
     "X": ("violations", Violation),
 }
-"""Letter of a line to the field of :class:`SimulationLog` and its rows."""
-
-
-@dataclass
-class SimulationLog:
-    """What the monitors have seen in a run, each list in the order of its cycles.
-
-    ``counters`` are the engine's registers, read at the end; ``totals`` are the harness's own
-    counts. ``cycles`` is the cycle in which the last token finished. ``wall_seconds`` and
-    ``cpu_seconds`` are those of the run itself, without building and configuring.
-    """
-
-    config: EngineConfig
-    events: list[Event] = field(default_factory=list)
-    tokens: list[Token] = field(default_factory=list)
-    routes: list[Route] = field(default_factory=list)
-    grants: list[Grant] = field(default_factory=list)
-    releases: list[Release] = field(default_factory=list)
-    ar: list[Burst] = field(default_factory=list)
-    last_beats: list[LastBeat] = field(default_factory=list)
-    filled: list[Filled] = field(default_factory=list)
-    finished: list[Finished] = field(default_factory=list)
-    irq: list[Irq] = field(default_factory=list)
-    writes: list[Write] = field(default_factory=list)
-    violations: list[Violation] = field(default_factory=list)
-    counters: dict[str, int] = field(default_factory=dict)
-    totals: dict[str, int] = field(default_factory=dict)
-    cycles: int = 0
-    wall_seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    error: str | None = None
-    out_dir: Path | None = None
-
-    @property
-    def cycles_per_second(self) -> float:
-        """Simulated cycles in a second of wall time, without building and configuring."""
-        return self.totals.get("run_cycles", 0) / max(self.wall_seconds, 1e-9)
+"""Letter of a line to the field of :class:`RunLog` and its rows."""
 
 
 class SimulationError(AssertionError):
     """A run that failed; ``log`` is what was seen until then."""
 
-    def __init__(self, message: str, log: SimulationLog):
+    def __init__(self, message: str, log: RunLog):
         super().__init__(message)
         self.log = log
 
@@ -331,9 +198,9 @@ def _rows(lines: list[bytes], row: type, letter: str) -> list:
     return list(map(row._make, zip(*[iter(numbers)] * width, strict=True)))
 
 
-def read_log(path: str | Path, config: EngineConfig) -> SimulationLog:
+def read_log(path: str | Path, config: EngineConfig) -> RunLog:
     """Parse the log of a run (see ``stmoe.harness.monitor.LogPrinter``)."""
-    log = SimulationLog(config)
+    log = RunLog(config)
     sorted_lines: dict[bytes, list[bytes]] = {letter.encode(): [] for letter in LINES}
     with open(path, "rb") as file:
         for line in file:
@@ -399,7 +266,7 @@ def run_simulation(
     progress: bool = False,
     strict: bool = True,
     build_args: Sequence[str] = (),
-) -> SimulationLog:
+) -> RunLog:
     """Replay a trace on the RTL in its harness.
 
     Parameters

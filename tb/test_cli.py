@@ -153,7 +153,8 @@ def test_replay_refuses_options_that_are_not_allowed(options, message, trace, ca
     [
         (
             [],
-            "a command is needed: replay, generate, config, params or registers (see stmoe --help)",
+            "a command is needed: replay, generate, config, board, params or registers "
+            "(see stmoe --help)",
         ),
         (["replay"], "the following arguments are required: TRACE"),
         (["replay", "/no/such"], "/no/such: No such file or directory"),

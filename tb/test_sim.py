@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from sim import check_run, latency_of, times_of
+from sim import latency_of
 from sim_run import SimulationError, run_simulation
 from simulation import ROOT, seeds
+from stmoe.harness.run_log import check_run, times_of
 from stmoe_golden.checker import Checker, Kind, Mismatch, Record, Segment, Settings, burst_plan
 from stmoe_golden.config import EngineConfig, preset
 from stmoe_golden.synthetic import markov_trace

@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from stmoe.board.arguments import add_board_commands
 from stmoe_golden.config import PRESETS, ConfigError, EngineConfig, preset
 
 if TYPE_CHECKING:
@@ -152,6 +153,11 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("--preset", metavar="NAME", required=True, help=presets)
     settings(config)
     config.add_argument("-o", dest="output", metavar="FILE")
+
+    board = command("board", "Talk to a board over its serial port (docs/board.md).")
+    add_board_commands(
+        board.add_subparsers(dest="board_command", metavar="COMMAND"), _count, presets, settings
+    )
 
     command("params", "Print the table of parameters, in Markdown.")
     # Its arguments are register_map's own: see _registers().
@@ -327,17 +333,31 @@ def _registers(arguments: list[str]) -> None:
     _print(output.getvalue().replace("python -m stmoe.register_map", "stmoe registers"))
 
 
-def _run(arguments: list[str]) -> None:
+def _board(options: argparse.Namespace) -> int:
+    from stmoe.board.host_link import BoardError
+    from stmoe.board.replay import info, replay
+    from stmoe_golden.traces import TraceError
+
+    commands = {"replay": replay, "info": info}
+    if options.board_command not in commands:
+        raise CommandError("a command is needed: replay or info (see stmoe board --help)")
+    try:
+        return commands[options.board_command](options, _print)
+    except (BoardError, TraceError) as error:
+        raise CommandError(str(error)) from None
+
+
+def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["registers"]:
         _registers(arguments[1:])
-        return
+        return 0
     help_text = io.StringIO()
     try:
         with contextlib.redirect_stdout(help_text):
             options = _parser().parse_args(arguments)
     except SystemExit:  # --help and --version; errors raise CommandError
         _print(help_text.getvalue())
-        return
+        return 0
     if options.command == "replay":
         _replay(options)
     elif options.command == "generate":
@@ -346,16 +366,20 @@ def _run(arguments: list[str]) -> None:
         _config(options)
     elif options.command == "params":
         _print(EngineConfig.table() + "\n")
+    elif options.command == "board":
+        return _board(options)
     else:
         raise CommandError(
-            "a command is needed: replay, generate, config, params or registers (see stmoe --help)"
+            "a command is needed: replay, generate, config, board, params or registers "
+            "(see stmoe --help)"
         )
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
-        _run(list(sys.argv[1:] if argv is None else argv))
+        return _run(list(sys.argv[1:] if argv is None else argv))
     except (CommandError, ConfigError) as error:
         return _complain(str(error), BAD_INPUT)
     except BrokenPipeError:
@@ -368,7 +392,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain("out of memory: the trace or the configuration is too large", BAD_INPUT)
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)
-    return 0
 
 
 if __name__ == "__main__":

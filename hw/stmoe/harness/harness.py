@@ -5,17 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from amaranth.hdl import Module, Signal
-from amaranth.lib import stream, wiring
+from amaranth.hdl import Cat, Module, Signal, Value
+from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from stmoe.harness.accelerator import TIME_BITS, Accelerator
+from stmoe.harness.board_protocol import SIGNATURE_BITS, SIGNED_BUSES
+from stmoe.harness.bus_signature import BusSignature
 from stmoe.harness.content_checker import AddressMap, ContentChecker
 from stmoe.harness.memory_model import MemoryModel, address_of, content
-from stmoe.harness.monitor import LogPrinter, Monitor
+from stmoe.harness.monitor import LogPrinter, Monitor, Watched
 from stmoe.harness.random_stall import RandomStall
 from stmoe.harness.trace_player import TracePlayer, word_layout
-from stmoe.payloads import axi4_lite_signature
+from stmoe.payloads import axi4_lite_signature, event_layout
 from stmoe.register_map import addr_width
 from stmoe_golden.config import EngineConfig
 
@@ -66,6 +68,17 @@ class Harness(wiring.Component):
         Of the :class:`AddressMap`; software must program the same into the engine's segments.
     log : bool
         Print a line for each handshake (:class:`LogPrinter`); simulation only.
+    readback : bool
+        Hand the records of the event port out, and keep a signature of every bus, instead of
+        having a simulator write them down. What reads the records may be slow, and what feeds the
+        trace too: neither counts as being stuck. Fills are never stalled.
+
+    Attributes
+    ----------
+    address_bits : int
+        Bits of the byte addresses that experts lie at.
+    fault_names : list of str
+        What the bits of ``faults`` are.
 
     Members
     -------
@@ -94,6 +107,12 @@ class Harness(wiring.Component):
     quiet : :py:`Out(1)`
         ``done``, and no bus has moved for ``quiet_cycles``.
     irq : :py:`Out(1)`
+    events : :py:`Out(stream.Signature(event_layout(config)))`
+        With ``readback``: the records.
+    signatures, handshakes : :py:`Out(data.ArrayLayout(64 or 32, len(SIGNED_BUSES)))`
+        With ``readback``: :class:`BusSignature` of each of ``SIGNED_BUSES``.
+    faults : :py:`Out(len(fault_names))`
+        With ``readback``, sticky: which checks have failed.
     """
 
     def __init__(
@@ -103,15 +122,26 @@ class Harness(wiring.Component):
         engine_factory: Callable | None = None,
         stride: int | None = None,
         log: bool = True,
+        readback: bool = False,
     ):
         self._config = config
         self._log = log
+        self._readback = readback
         self._engine = (engine_factory or _engine)(config)
         self._addresses = AddressMap(config, stride)
         self._memory = MemoryModel(config)
         self._monitor = Monitor(config)
         monitored = self._monitor.signature.members
         memory = self._memory.signature.members
+        last = self._addresses.base(config.num_layers) - 1
+        self.address_bits = last.bit_length()
+        self.fault_names = list(self._monitor.faults)
+        reading = {
+            "events": Out(stream.Signature(event_layout(config))),
+            "signatures": Out(data.ArrayLayout(SIGNATURE_BITS, len(SIGNED_BUSES))),
+            "handshakes": Out(data.ArrayLayout(32, len(SIGNED_BUSES))),
+            "faults": Out(len(self.fault_names)),
+        }
         super().__init__(
             {
                 "i": In(stream.Signature(word_layout(config))),
@@ -130,6 +160,7 @@ class Harness(wiring.Component):
                 "stuck": Out(1),
                 "quiet": Out(1),
                 "irq": Out(1),
+                **(reading if readback else {}),
             }
         )
 
@@ -167,9 +198,13 @@ class Harness(wiring.Component):
 
         # What takes fills and events has nothing else to do; jitter stalls it, so that the
         # engine's back-pressure is exercised.
-        m.submodules.fill_stall = fill_stall = RandomStall(3)
-        m.d.comb += [fill_stall.seed.eq(self.jitter), engine.fill.ready.eq(~fill_stall.stall)]
-        if config.event_port:
+        if self._readback:
+            m.d.comb += engine.fill.ready.eq(1)
+            wiring.connect(m, engine.events, wiring.flipped(self.events))
+        else:
+            m.submodules.fill_stall = fill_stall = RandomStall(3)
+            m.d.comb += [fill_stall.seed.eq(self.jitter), engine.fill.ready.eq(~fill_stall.stall)]
+        if config.event_port and not self._readback:
             m.submodules.event_stall = event_stall = RandomStall(4, length_bits=5)
             m.d.comb += [
                 event_stall.seed.eq(self.jitter),
@@ -213,19 +248,61 @@ class Harness(wiring.Component):
                 printer.events.eq(self.log_events),
             ]
 
+        excused = Signal()
+        """Something outside keeps the engine from progress."""
+        waits = Signal()
+        """A record waits to be read."""
+        if self._readback:
+            self._sum_up(m, engine)
+            starved = ~player.token.valid & ~player.route.valid & ~accelerator.waiting
+            m.d.comb += [
+                waits.eq(engine.events.valid),
+                excused.eq((engine.events.valid & ~engine.events.ready) | starved),
+            ]
         m.d.comb += [
             self.done.eq((self.tokens != 0) & (self.tokens_finished >= self.tokens)),
-            self.quiet.eq(self.done & (monitor.since_activity >= self.quiet_cycles)),
+            self.quiet.eq(self.done & (monitor.since_activity >= self.quiet_cycles) & ~waits),
         ]
         # Before the first token is presented the host may take its time to configure the engine.
         begun = Signal()
         since_progress = Signal(32)
         with m.If(monitor.token.valid):
             m.d.sync += begun.eq(1)
-        with m.If(~begun | self.done | monitor.progress):
+        with m.If(~begun | self.done | monitor.progress | excused):
             m.d.sync += since_progress.eq(0)
         with m.Elif(since_progress >= self.stall_limit):
             m.d.sync += self.stuck.eq(1)
         with m.Else():
             m.d.sync += since_progress.eq(since_progress + 1)
         return m
+
+    def _sum_up(self, m: Module, engine) -> None:
+        """The signatures of the buses, and which checks have failed."""
+        monitor = self._monitor
+        token, route, grant = engine.token.payload, engine.route.payload, engine.grant.payload
+        ar, r, took = engine.axi.ar.payload, engine.axi.r.payload, monitor.handshake
+        words: dict[str, tuple[Signal | Value, tuple]] = {
+            "token": (took[Watched.TOKEN], (token.new_sequence, token.token_id)),
+            "route": (took[Watched.ROUTE], (route.layer, route.experts)),
+            "grant": (
+                took[Watched.GRANT],
+                (grant.layer, grant.expert, grant.slot, grant.error),
+            ),
+            "release": (took[Watched.RELEASE], (engine.release.payload.slot,)),
+            "ar": (took[Watched.AR], (ar.id, ar.addr, ar.len)),
+            "last_beat": (took[Watched.R] & r.last, (r.id, monitor.burst_resp)),
+        }
+        for i, name in enumerate(SIGNED_BUSES):
+            strobe, fields = words[name]
+            payload = Cat(Value.cast(field) for field in fields)
+            signature = BusSignature(len(payload))
+            m.submodules[f"{name}_signature"] = signature
+            m.d.comb += [
+                signature.cycle.eq(monitor.cycle),
+                signature.payload.eq(payload),
+                signature.took.eq(strobe),
+                self.signatures[i].eq(signature.value),
+                self.handshakes[i].eq(signature.count),
+            ]
+        seen = Cat(monitor.faults[name][0] for name in self.fault_names)
+        m.d.sync += self.faults.eq(self.faults | seen)
