@@ -59,11 +59,12 @@ async def rows_learn_as_in_golden(dut) -> None:
         dut._log.warning("seed %d", seed)
         rng = random.Random(seed)
         dut.learn.value = 0
+        dut.row.value = 0
         dut.rst.value = 1
         for _ in range(3):
             await RisingEdge(dut.clk)
         dut.rst.value = 0
-        for _ in range(ROWS + 1):
+        for _ in range(ROWS + 4):
             await FallingEdge(dut.clk)
             dut.row.value = rng.randrange(ROWS)
             dut.delta.value = rng.getrandbits(DELTA_BITS * LANES)
@@ -71,34 +72,39 @@ async def rows_learn_as_in_golden(dut) -> None:
             if clear:
                 break
             await RisingEdge(dut.clk)
-        assert clear, f"not clear {ROWS + 1} cycles after reset"
+        assert clear, f"not clear {ROWS + 4} cycles after reset"
         await RisingEdge(dut.clk)
 
         table = [[0] * LANES for _ in range(ROWS)]
         free = [0] * ROWS  # the cycle from which on a row may be presented again
-        before = None  # (row, learn) presented in the last cycle
+        shown: list[tuple] = [()] * 6  # presented in this cycle, one cycle before, ...
         bias = [rng.choice((-1, 1)) for _ in range(LANES)]
         for now in range(500):
             if now % 60 == 0:
                 bias = [rng.choice((-1, 1)) for _ in range(LANES)]
             row = rng.choice([r for r in range(ROWS) if free[r] <= now])
             learn = rng.random() < 0.6
+            if learn:
+                free[row] = now + 5
             delta = [rng.randint(0, 3) * b if rng.random() < 0.8 else rng.randint(-3, 3)
                      for b in bias]  # fmt: skip
-            dut.row.value, dut.learn.value = row, int(learn)
+            shown = [(row, learn), *shown[:5]]
+            dut.row.value = row
+            # What belongs to the row of one cycle before.
+            dut.learn.value = int(bool(shown[1]) and shown[1][1])
             dut.delta.value = packed(delta, DELTA_BITS)
             await FallingEdge(dut.clk)
-            if before:
-                read, learnt = before
-                assert int(dut.weights.value) == packed(table[read], WIDTH), f"row {read}"
+            if shown[1]:
+                read, learnt = shown[1]
+                weights = list(table[read])
                 if learnt:
-                    table[read] = [
-                        clip(w + d, MAX) for w, d in zip(table[read], delta, strict=True)
-                    ]
+                    table[read] = [clip(w + d, MAX) for w, d in zip(weights, delta, strict=True)]
                     ends.update(table[read])
-            if learn:
-                free[row] = now + 3
-            before = (row, learn)
+                shown[1] = (read, learnt, weights, table[read])
+            if shown[2]:
+                assert int(dut.weights.value) == packed(shown[2][2], WIDTH), f"row {shown[2][0]}"
+            if shown[4]:
+                assert int(dut.learnt.value) == packed(shown[4][3], WIDTH), f"row {shown[4][0]}"
             await RisingEdge(dut.clk)
         dut.learn.value = 0
     assert {MAX, -MAX - 1} <= ends, "the weights never saturated"

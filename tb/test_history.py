@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""History: what a layer used last, against the golden model's history."""
+"""History: what the layers used last, against the golden model's history."""
 
 from __future__ import annotations
 
@@ -48,43 +48,52 @@ def packed(experts) -> int:
 
 @cocotb.test(timeout_time=2, timeout_unit="ms")
 async def history_is_golden(dut) -> None:
-    """Reads, writes and new sequences at random, often all in one cycle."""
+    """Events in layer order with pauses, and new sequences anywhere."""
     cocotb.start_soon(Clock(dut.clk, 10, unit="ns").start())
     params = params_of(CONFIG)
-    known_reads = 0
+    layers, depth = CONFIG.num_layers, CONFIG.depth
+    known_sets = 0
     for seed in SEEDS:
         dut._log.warning("seed %d", seed)
         rng = random.Random(seed)
-        for name in ("read", "write", "forget"):
+        for name in ("write", "forget", "layer", "row"):
             getattr(dut, name).value = 0
         dut.rst.value = 1
         for _ in range(3):
             await RisingEdge(dut.clk)
         dut.rst.value = 0
         state = new_state(CONFIG)
-        expected = None  # the row of the last read, if there was one
-        for _ in range(400):
-            read, write, forget = (rng.random() < p for p in (0.5, 0.5, 0.06))
-            write = write and not forget
-            read_layer, write_layer = (rng.randrange(CONFIG.num_layers) for _ in range(2))
+        layer = 0
+        for _ in range(200):
+            dut.layer.value = layer
+            dut.write.value = dut.forget.value = 0
+            for _ in range(rng.randrange(3) + 2):
+                dut.row.value = rng.getrandbits(BITS * CONFIG.top_k)
+                await RisingEdge(dut.clk)
             experts = rng.sample(range(CONFIG.num_experts), CONFIG.top_k)
-            # A row is not read in the cycle in which it is written.
-            read = read and not (write and read_layer == write_layer)
-            dut.read.value, dut.read_layer.value = int(read), read_layer
-            dut.write.value, dut.write_layer.value = int(write), write_layer
-            dut.write_row.value = packed(experts)
-            dut.forget.value = int(forget)
+            forget = rng.random() < 0.06
+            dut.forget.value, dut.write.value = int(forget), int(not forget)
+            dut.row.value = packed(experts)
             await FallingEdge(dut.clk)
-            if expected is not None:
-                assert int(dut.known.value) == (expected[0] >= 0)
-                if expected[0] >= 0:
-                    known_reads += 1
-                    assert int(dut.row.value) == packed(expected)
-            if read:
-                expected = state.history[read_layer].tolist()
-            if write:
-                remember(state, write_layer, experts)
+            # Here is what the event of this cycle has needed all along.
+            recent, recent_known = int(dut.recent.value), int(dut.recent_known.value)
+            width = BITS * CONFIG.top_k
+            found = [(int(dut.previous_known.value), int(dut.previous.value))] + [
+                (recent_known >> d & 1, recent >> d * width & (1 << width) - 1)
+                for d in range(depth)
+            ]
+            sources = [layer] + [(layer - d) % layers for d in range(1, depth + 1)]
+            for source, (known, row) in zip(sources, found, strict=True):
+                expected = state.history[source].tolist()
+                assert known == (expected[0] >= 0), f"layer {source} at layer {layer}"
+                if known:
+                    known_sets += 1
+                    assert row == packed(expected), f"layer {source} at layer {layer}"
+            await RisingEdge(dut.clk)
             if forget:
                 begin_sequence(params, state)
-            await RisingEdge(dut.clk)
-    assert known_reads > 100 * len(SEEDS)
+                layer = 0
+            else:
+                remember(state, layer, experts)
+                layer = (layer + 1) % layers
+    assert known_sets > 100 * len(SEEDS)

@@ -112,6 +112,7 @@ class TB:
         self.fast = seed % 3 == 0  # no stalls at all: latencies are asserted
         self.golden = Golden(self.config)
         self.now = 0
+        self.taken = -2
         self.busy = self.committing = self.requested = self.over = False
         self.apply = None
         self.wait = 0
@@ -157,7 +158,12 @@ class TB:
             self.drive("ordered", rng.getrandbits(1))
         self.drive("selected__ready", int(self.fast or rng.random() < 0.6))
         expected, self.asked = self.asked, None
-        if not self.committing and (self.sweep or rng.random() < 0.2):
+        # The port is the predictor's own in the cycle after an event was taken.
+        if (
+            not self.committing
+            and self.now != self.taken + 1
+            and (self.sweep or rng.random() < 0.2)
+        ):
             layer = self.sweep.pop() if self.sweep else rng.randrange(self.config.num_layers)
             self.drive("victim_layer", layer)
             state = self.golden.state
@@ -186,6 +192,8 @@ class TB:
         if self.requested and not self.committing:
             assert request, "the request was withdrawn"
         if request:
+            if not self.requested:
+                self.requested_at = self.now
             self.requested = True
             assert self.apply is not None, "nothing to commit"
             if self.config.look:
@@ -250,7 +258,9 @@ class TB:
         self.worst[name] = max(self.worst.get(name, 0), cycles)
         assert cycles <= limit, f"{name}: {cycles} cycles, not {limit} or fewer"
 
-    async def event(self, stream: str, payload: int, select_layer: int, apply) -> None:
+    async def event(
+        self, stream: str, payload: int, select_layer: int, apply, new_sequence: bool = False
+    ) -> None:
         """One token or route from its handshake to ``selection_over``.
 
         ``apply(learning, ordered)`` brings the golden model to where the commit ends.
@@ -270,7 +280,7 @@ class TB:
         self.picks: list[dict] = []
         self.wait = self.stall(9)
         self.select_layer = select_layer
-        taken = self.now
+        taken = self.taken = self.now
         await self.cycle()
         assert self.read(f"{stream}__ready"), "not ready although idle"
         self.apply = lambda: apply(learning, ordered)
@@ -285,22 +295,33 @@ class TB:
         self.total_picks += len(self.picks)
         if self.fast:
             c, ended = self.config, self.now - 1
+            levels = (c.num_experts - 1).bit_length()
+            request, done = self.requested_at - taken, self.done - self.granted
+            pick = 5 + levels
             if stream == "route":
-                self.note("route to commit grant", self.granted - taken, 2 * c.top_k + 16)
-                if self.picks:
-                    self.note("route to first pick", self.first - taken, 2 * c.top_k + 24)
-                self.note("grant to commit_done", self.done - self.granted, c.depth + 2)
-                self.note("grant to over", ended - self.granted, 3 * c.num_select + 12)
-                if (c.top_k, c.num_select) == (4, 8):
-                    self.note("route to idle", ended + 1 - taken, 57)
+                ahead = max(c.depth, c.look)
+                gains = c.gains if ordered else (4,) * c.top_k
+                steps = sum(max(1, a - b) for a, b in zip(gains, (*gains[1:], 0), strict=True))
+                corrected = taken + steps + c.top_k + 3
+                self.note("route to commit request", request, steps + max(4, 6 - ahead))
+                self.note("grant to commit_done", done, ahead + 3)
             else:
-                self.note("token to commit grant", self.granted - taken, 4)
-                self.note("token's commit", self.done - self.granted, c.num_layers + 2)
-                self.note("commit_done to over", ended - self.done, 3 * c.num_select + 12)
+                corrected = taken
+                self.note("token to commit request", request, 1)
+                self.note("token's commit", done, c.num_layers + 4 if new_sequence else 3)
+                pick += 2 * new_sequence
+            if self.picks:
+                due = max(self.granted + pick, self.done + 1, corrected)
+                assert self.first == due, f"first pick in {self.first}, not {due}"
+            self.note("first to over", ended - max(self.done, corrected), pick + 2 * c.num_select)
+            if stream == "route" and (c.top_k, c.num_select) == (4, 8):
+                self.note("route to idle", ended + 1 - self.granted, 2 * c.num_select + 24)
 
     async def token(self, new_sequence: bool) -> None:
         payload = pack(token_layout(), {"new_sequence": int(new_sequence)})
-        await self.event("token", payload, 0, lambda *_: self.golden.token(new_sequence))
+        await self.event(
+            "token", payload, 0, lambda *_: self.golden.token(new_sequence), new_sequence
+        )
 
     async def route(self, layer: int, experts: list[int]) -> None:
         def apply(learning: bool, ordered: bool) -> None:

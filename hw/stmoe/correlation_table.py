@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Module, Signal, signed, unsigned
+from amaranth.hdl import Cat, Module, Signal, signed, unsigned
 from amaranth.lib import data, memory, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -15,10 +15,12 @@ __all__ = ["CorrelationTable"]
 class CorrelationTable(wiring.Component):
     """Rows of signed saturating weights in block RAM, one read and one write port.
 
-    A row presented in cycle t is out in cycle t+1. If it was presented with ``learn``, the
-    ``delta`` of cycle t+1 is added to it and the result is written in cycle t+2: reads presented
-    from cycle t+3 on see it, so the same row must not be presented for learning again before.
-    A new row may be presented every cycle.
+    A row presented in cycle t is at ``weights`` in cycle t+2: a register takes what the block RAM
+    is slow to give. With ``learn`` in cycle t+1 the ``delta`` of that cycle is added to it, and
+    ``learnt`` is the result, or the row as it was, in cycle t+4. It is written in that cycle:
+    reads presented from cycle t+5 on see it, so the same row must not be presented for learning
+    again before; what a read of it in cycle t+4 gives is undefined. A new row may be presented
+    every cycle.
 
     After reset all rows are cleared, one a cycle; ``learn`` must be low until ``clear_done``.
 
@@ -34,11 +36,13 @@ class CorrelationTable(wiring.Component):
     row : In
         Index of the row that is read.
     learn : In
-        This row is corrected.
+        The row presented one cycle before is corrected.
     delta : In
-        Correction of each lane, one cycle after the row was presented.
+        Correction of each lane, with ``learn``.
     weights : Out
-        The row presented one cycle before.
+        The row presented two cycles before.
+    learnt : Out
+        The row presented four cycles before, after learning.
     clear_done : Out
     """
 
@@ -47,12 +51,14 @@ class CorrelationTable(wiring.Component):
             raise ValueError(f"rows must be 1 or more, not {rows!r}")
         self.rows, self.lanes, self.width = rows, lanes, width
         self.update = RowUpdate(lanes=lanes, width=width)
+        weights = data.ArrayLayout(signed(width), lanes)
         super().__init__(
             {
                 "row": In(range(max(2, rows))),
                 "learn": In(1),
                 "delta": In(data.ArrayLayout(signed(DELTA_BITS), lanes)),
-                "weights": Out(data.ArrayLayout(signed(width), lanes)),
+                "weights": Out(weights),
+                "learnt": Out(weights),
                 "clear_done": Out(1),
             }
         )
@@ -66,33 +72,45 @@ class CorrelationTable(wiring.Component):
             shape=unsigned(self.weights.shape().size),
             depth=max(2, self.rows),
             init=[],
+            # Yosys: a row is never needed in the cycle in which it is written, so do not build
+            # what makes that read well defined (two registers and a multiplexer a bit).
+            attrs={"no_rw_check": 1},
         )
         read, write = ram.read_port(), ram.write_port()
 
-        learn_read, learn_write = Signal(), Signal()
-        row_read, row_write = Signal.like(self.row), Signal.like(self.row)
-        updated = Signal(self.weights.shape())
+        delta = Signal(self.delta.shape())
+        learn = Signal(3)  # of the rows presented 2, 3 and 4 cycles before
+        rows = [Signal.like(self.row, name=f"row_{n}") for n in range(1, 5)]
+        row_write, settled = rows[-1], Signal(3)
         m.d.comb += [
             read.addr.eq(self.row),
             read.en.eq(1),
-            self.weights.as_value().eq(read.data),
-            update.i.as_value().eq(read.data),
-            update.delta.eq(self.delta),
+            update.i.eq(self.weights),
+            update.delta.eq(delta),
+            self.learnt.eq(update.o),
             write.addr.eq(row_write),
-            write.data.eq(updated),
-            write.en.eq(learn_write | ~self.clear_done),
+            write.data.eq(update.o),
+            write.en.eq(learn[-1] | ~self.clear_done),
         ]
         m.d.sync += [
-            learn_read.eq(self.learn),
-            row_read.eq(self.row),
-            learn_write.eq(learn_read),
-            row_write.eq(row_read),
+            learn.eq(Cat(self.learn, learn)),
+            *(after.eq(before) for before, after in zip([self.row, *rows], rows, strict=False)),
         ]
-        with m.If(learn_read):
-            # Still 0 while rows are cleared, as nothing has learned yet: no multiplexer.
-            m.d.sync += updated.eq(update.o)
-        with m.If(~self.clear_done):
-            m.d.sync += row_write.eq(row_write + 1)
-            with m.If(row_write == self.rows - 1):
-                m.d.sync += self.clear_done.eq(1)
+        with m.If(self.learn):
+            m.d.sync += delta.eq(self.delta)
+        with m.Else():
+            m.d.sync += delta.as_value().eq(0)
+        with m.If(self.clear_done):
+            m.d.sync += self.weights.as_value().eq(read.data)
+        with m.Else():
+            # Zeros, which are through the update when the first row is cleared.
+            m.d.sync += [
+                self.weights.as_value().eq(0),
+                settled.eq(Cat(1, settled)),
+                row_write.eq(0),
+            ]
+            with m.If(settled[-1]):
+                m.d.sync += row_write.eq(row_write + 1)
+                with m.If(row_write == self.rows - 1):
+                    m.d.sync += self.clear_done.eq(1)
         return m

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The latest set of each layer."""
+"""The sets of the events before: of the last layers, and of the token before."""
 
 from __future__ import annotations
 
-from amaranth.hdl import Array, Module, Signal, unsigned
+from amaranth.hdl import Cat, Module, unsigned
 from amaranth.lib import data, memory, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -15,10 +15,13 @@ __all__ = ["History"]
 
 
 class History(wiring.Component):
-    """Holds the experts that each layer used last, in rank order.
+    """Holds the sets that the latest event's correction needs.
 
-    A read takes one cycle; ``row`` and ``known`` then hold until the next read. A write or a
-    ``forget`` is seen by reads of the following cycles. After reset no layer has a set.
+    Layers come strictly in order, so the sets of the layers before this one are those of the last
+    events, and a layer has a set of the token before just when this is not the first token of its
+    sequence. Only that set needs a memory.
+
+    ``previous`` follows ``layer`` by one cycle, and a write by two. After reset no layer has a set.
 
     Parameters
     ----------
@@ -26,16 +29,17 @@ class History(wiring.Component):
 
     Members
     -------
-    read, read_layer : In
-        ``row`` is the set of ``read_layer`` from the next cycle on.
-    row : Out
-        K experts, rank 0 first; meaningless unless ``known``.
-    known : Out
-        The layer has a set in this sequence.
-    write, write_layer, write_row : In
-        The set becomes the layer's latest.
+    layer : In
+        Layer of the event under way.
+    previous, previous_known : Out
+        The set that this layer used for the token before, rank 0 first; meaningless unless known.
+    recent, recent_known : Out
+        ``recent[d-1]`` is the set of layer ``layer`` - d, d = 1..D; meaningless unless known.
+    write, row : In
+        One cycle, the last of the event: this was the layer's set.
     forget : In
-        One cycle: a new sequence, no layer has a set. Not together with ``write``.
+        One cycle: a new sequence, no layer has a set. Not together with ``write``. The next
+        event's layer is 0.
     """
 
     def __init__(self, config: EngineConfig):
@@ -45,38 +49,39 @@ class History(wiring.Component):
         row = data.ArrayLayout(unsigned(lane_bits(config)), config.top_k)
         super().__init__(
             {
-                "read": In(1),
-                "read_layer": In(config.layer_bits),
-                "row": Out(row),
-                "known": Out(1),
+                "layer": In(config.layer_bits),
+                "previous": Out(row),
+                "previous_known": Out(1),
+                "recent": Out(data.ArrayLayout(row, config.depth)),
+                "recent_known": Out(config.depth),
                 "write": In(1),
-                "write_layer": In(config.layer_bits),
-                "write_row": In(row),
+                "row": In(row),
                 "forget": In(1),
             }
         )
 
     def elaborate(self, platform):
         m = Module()
-        layers = self.config.num_layers
+        c = self.config
         m.submodules.sets = sets = memory.Memory(
-            shape=self.row.shape(), depth=max(2, layers), init=[]
+            shape=self.row.shape(), depth=max(2, c.num_layers), init=[]
         )
         read, write = sets.read_port(), sets.write_port()
-        # Flags outside the memory, so that a new sequence forgets all sets in one cycle.
-        known = Array(Signal(name=f"known_{layer}") for layer in range(layers))
         m.d.comb += [
-            read.en.eq(self.read),
-            read.addr.eq(self.read_layer),
-            self.row.eq(read.data),
+            read.addr.eq(self.layer),
+            self.previous.eq(read.data),
             write.en.eq(self.write),
-            write.addr.eq(self.write_layer),
-            write.data.eq(self.write_row),
+            write.addr.eq(self.layer),
+            write.data.eq(self.row),
         ]
-        with m.If(self.read):
-            m.d.sync += self.known.eq(known[self.read_layer])
         with m.If(self.write):
-            m.d.sync += known[self.write_layer].eq(1)
+            with m.If(self.layer == c.num_layers - 1):
+                m.d.sync += self.previous_known.eq(1)
+            if c.depth:
+                m.d.sync += [
+                    self.recent.as_value().eq(Cat(self.row, self.recent)),
+                    self.recent_known.eq(Cat(1, self.recent_known)),
+                ]
         with m.If(self.forget):
-            m.d.sync += [flag.eq(0) for flag in known]
+            m.d.sync += [self.previous_known.eq(0), self.recent_known.eq(0)]
         return m

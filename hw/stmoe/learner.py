@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Module, Mux, Signal, signed, unsigned
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -14,11 +14,9 @@ __all__ = ["DELTA_BITS", "Learner", "RowUpdate", "delta_layout", "use_layout"]
 DELTA_BITS = 3
 """A delta is -3 to 3."""
 
-USE_GAIN = 32
-"""What a use adds to the use count."""
-
 USE_DECAY = 5
-"""A use count loses 1 / 2**USE_DECAY of itself per event of its layer."""
+"""A use count loses 1 / 2**USE_DECAY of itself per event of its layer, and a use adds
+2**USE_DECAY."""
 
 
 def delta_layout(config: EngineConfig) -> data.ArrayLayout:
@@ -32,7 +30,10 @@ def use_layout(config: EngineConfig) -> data.ArrayLayout:
 
 
 class RowUpdate(wiring.Component):
-    """Adds one delta to each lane of a row, saturating. Combinational.
+    """Adds one delta to each lane of a row, saturating; two cycles of latency, a row a cycle.
+
+    The first register saturates towards the lowest value and the second towards the highest,
+    each through the synchronous reset of its flip-flops: no multiplexer behind the adder.
 
     Parameters
     ----------
@@ -46,7 +47,7 @@ class RowUpdate(wiring.Component):
         The row.
     delta : In
     o : Out
-        The row after learning.
+        The row of two cycles before, after learning. Not reset.
     """
 
     def __init__(self, *, lanes: int, width: int):
@@ -67,26 +68,32 @@ class RowUpdate(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         width = self.width
+        highest = (1 << (width - 1)) - 1
         for e in range(self.lanes):
             total = Signal(signed(width + 1), name=f"total_{e}")
-            sign, overflow = total[width], total[width] ^ total[width - 1]
-            m.d.comb += [
-                total.eq(self.i[e] + self.delta[e]),
-                # 0111... or 1000... when the two top bits differ.
-                self.o[e].eq(
-                    Cat(
-                        *(Mux(overflow, ~sign, total[b]) for b in range(width - 1)), sign
-                    ).as_signed()
-                ),
-            ]
+            # A reset of the domain would take the place of the saturating ones.
+            bounded = Signal(signed(width), name=f"bounded_{e}", reset_less=True)
+            result = Signal(signed(width), name=f"result_{e}", reset_less=True)
+            too_high = Signal(name=f"too_high_{e}", reset_less=True)
+            m.d.comb += [total.eq(self.i[e] + self.delta[e]), self.o[e].eq(result)]
+            m.d.sync += too_high.eq(~total[width] & total[width - 1])
+            with m.If(total[width] & ~total[width - 1]):
+                m.d.sync += bounded.eq(-highest - 1)
+            with m.Else():
+                m.d.sync += bounded.eq(total[:width])
+            with m.If(too_high):
+                m.d.sync += result.eq(highest)
+            with m.Else():
+                m.d.sync += result.eq(bounded)
         return m
 
 
 class Learner(wiring.Component):
     """Grades the scores of a layer against the set that was used; counts uses.
 
-    Both outputs are registered: they belong to the inputs of the last cycle with ``enable``, and
-    are 0 after reset.
+    Both outputs belong to the inputs of the last cycle with ``enable``, from the cycle after it
+    on, and are 0 after reset. ``use_next`` comes straight from registers, ``delta`` through one
+    level of logic.
 
     Source: architecture section 2, *learn*.
 
@@ -105,8 +112,6 @@ class Learner(wiring.Component):
         Use counts of the layer before this event.
     used : In
         Lanes of the set.
-    learning : In
-        When 0 every delta is 0; uses are counted all the same.
     delta : Out
         What each lane of every row behind the score is corrected by, -3 to 3.
     use_next : Out
@@ -123,7 +128,6 @@ class Learner(wiring.Component):
                 "score": In(data.ArrayLayout(signed(config.score_bits), config.num_experts)),
                 "use": In(use_layout(config)),
                 "used": In(config.num_experts),
-                "learning": In(1),
                 "delta": Out(delta_layout(config)),
                 "use_next": Out(use_layout(config)),
             }
@@ -132,35 +136,61 @@ class Learner(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         c = self.config
-        low = c.margin_low << FRACTION_BITS
-        step = c.margin_step << FRACTION_BITS
-        high = c.margin_high << FRACTION_BITS
-        use_max = (1 << USE_BITS) - 1
+        # A used lane with score s learns a step for each limit that s is below. One that was not
+        # used does for each limit that -s is below, and -s < limit just when ~s < limit - 1.
+        limits = sorted((c.margin_low, c.margin_step, -c.margin_high), reverse=True)
+        limits = [limit << FRACTION_BITS for limit in limits]
         for e in range(c.num_experts):
             score, used = self.score[e], self.used[e]
-            wrong = Signal(DELTA_BITS, name=f"wrong_{e}")
-            m.d.comb += wrong.eq(
-                Cat(
-                    Mux(used, score < low, score > -low),
-                    Mux(used, score < step, score > -step),
-                    Mux(used, score < -high, score > high),
-                )
-            )
-            steps = Signal(range(DELTA_BITS + 1), name=f"steps_{e}")
-            m.d.comb += steps.eq(wrong[0] + wrong[1] + wrong[2])
+            graded = Signal(c.score_bits, name=f"graded_{e}")
+            m.d.comb += graded.eq(score ^ (~used).replicate(c.score_bits))
+            # From the highest limit to the lowest: each is passed only if the one before is.
+            low, mid, high = (Signal(name=f"below_{e}_{n}") for n in range(3))
+            for below, limit in zip((low, mid, high), limits, strict=True):
+                with m.If(self.enable):
+                    m.d.sync += below.eq(self._below(graded, limit, used))
+            unused = Signal(name=f"unused_{e}")
             with m.If(self.enable):
-                m.d.sync += self.delta[e].eq(Mux(self.learning, Mux(used, steps, -steps), 0))
+                m.d.sync += unused.eq(~used)
+            m.d.comb += self.delta[e].eq(
+                Cat(
+                    (low & ~mid) | high,  # odd
+                    Mux(unused, low & ~high, mid),
+                    unused & low,
+                ).as_signed()
+            )
 
             count = self.use[e]
-            loss = Signal(USE_BITS - USE_DECAY, name=f"loss_{e}")
-            left = Signal(USE_BITS, name=f"left_{e}")
-            # max(1, count >> 5), and nothing of nothing.
+            share, rest = count[USE_DECAY:], count[:USE_DECAY]
+            # count - (count >> 5), + 32 if used, with one adder: the carry below its lowest bit
+            # takes the 1 of a small count off, and keeps the largest count where it is.
+            stay = Signal(name=f"stay_{e}")
+            total = Signal(USE_BITS + 1, name=f"use_total_{e}")
             m.d.comb += [
-                loss.eq(count >> USE_DECAY),
-                left.eq(count - Mux((loss == 0) & (count != 0), 1, loss)),
+                stay.eq(Mux(share.any(), ~(used & count.all()), ~rest.any())),
+                total.eq(
+                    Cat(1, count) + Cat(stay, ~share, (~used).replicate(USE_BITS - len(share)))
+                ),
             ]
             with m.If(self.enable):
-                m.d.sync += self.use_next[e].eq(
-                    Mux(used, Mux(left > use_max - USE_GAIN, use_max, left + USE_GAIN), left)
-                )
+                m.d.sync += self.use_next[e].eq(total[1:])
         return m
+
+    def _below(self, graded, limit: int, used):
+        """``graded < limit`` in two's complement when ``used``, else ``graded < limit - 1``.
+
+        Limits end in zeros: only the bits above are compared, and whether all bits below are ones
+        (the score's are all zeros then) tells limit - 1 itself.
+        """
+        bits = len(graded)
+        lowest = -1 << (bits - 1)
+        if limit <= lowest:
+            return Const(0, 1)
+        if limit - 1 > ~lowest:
+            return Const(1, 1)
+        if limit - 1 == ~lowest:
+            return used | ~(~graded[-1] & graded[:-1].all())
+        zeros = min((limit & -limit).bit_length() - 1 if limit else bits - 1, bits - 1)
+        upper = graded[zeros:].as_signed()
+        ones = ~used & graded[:zeros].all() if zeros else ~used
+        return (upper < (limit >> zeros) - 1) | ((upper == (limit >> zeros) - 1) & ~ones)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Array, Cat, Module, Mux, Signal, signed, unsigned
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -105,22 +105,28 @@ class _RowSum(wiring.Component):
 class Predictor(wiring.Component):
     """Works on one token or routing event at a time; docs/architecture.md 4.1 is its contract.
 
-    A route learns (one pass of K rows through all tables at once), then reseeds and looks ahead
-    (one pass of K rows, or a few more so that the rank gains cost no multiplier), and asks for
-    the commit. Until then only table rows have changed, which nothing outside can see. The
-    commit adds the sums of the pass to the score rows, one layer a cycle, nearest first; the
-    first of them is selected from while the others are written.
+    A route looks ahead (one pass through the K rows of its set in all tables at once, or a few
+    steps more so that the rank gains cost no multiplier) and asks for the commit; the rows behind
+    its score are corrected meanwhile, in a second pass. The temporal table is looked up for the
+    layer that has just been graded, so what the set of this token and that of the token before
+    share is corrected while it is looked up, and the second pass leaves it out. Until the commit
+    only table rows have changed, which nothing outside can see. The commit adds the sums of the
+    pass to the score rows, one layer a cycle, nearest first; the first of them is selected from
+    while the others are written.
 
-    With D spatial tables and T steps of the gain schedule (K + 2 when ordered, K + 3 when not,
-    for K of 4 or more), a route asks for the commit D + K + T + 5 cycles after it was taken, a
-    token 2 cycles after. ``commit_done`` comes max(D, lookahead) + 1 cycles after the grant of a
-    route, L after that of a new sequence and 1 after that of another token. The first pick is
-    offered 3 + ceil(log2(E)) cycles after the grant, but not before the cycle after
-    ``commit_done``; the others follow every second cycle.
+    With T steps of the gain schedule (K + 2 when ordered, K + 3 when not, for K of 4 or more) and
+    A = max(D, lookahead), a route asks for the commit T + 4 cycles after it was taken (T + 6 - A
+    where A < 2), a token in the cycle after. ``commit_done`` comes A + 3 cycles after the grant of
+    a route, L + 4 after that of a new sequence and 3 after that of another token. The first pick
+    is offered 5 + ceil(log2(E)) cycles after the grant of a route or token, two later after that
+    of a new sequence, but not before the cycle after ``commit_done`` or before the rows are
+    corrected (which is later only where K > 6 + ceil(log2(E))); the others follow every second
+    cycle.
 
     ``learning`` and ``ordered`` are sampled when a route is taken; ``threshold``,
-    ``prefetching`` and ``absent`` in the cycle after ``commit_grant``. ``token`` goes first when
-    both streams are valid at once.
+    ``prefetching`` and ``absent`` three cycles after ``commit_grant`` (five for a new sequence).
+    ``token`` goes first when both streams are valid at once. Layers must come strictly in order,
+    from layer 0 after each token; ``route.layer`` is not looked at.
 
     Parameters
     ----------
@@ -140,7 +146,9 @@ class Predictor(wiring.Component):
     clear_done : Out
         The tables have been cleared after reset.
     victim_layer, victim_score, victim_use : In, Out, Out
-        Read port of the score memory, one cycle of latency.
+        Read port of the score memory, one cycle of latency. It is the predictor's own in the cycle
+        after a route or token was taken, and from the cycle after ``commit_grant`` until
+        ``commit_done``: ``victim_layer`` is not read then.
     threshold : In
         Lowest score that is picked, quarter units.
     learning, ordered, prefetching : In
@@ -200,156 +208,191 @@ class Predictor(wiring.Component):
         def following(layer):
             return Mux(layer == layers - 1, 0, layer + 1)[: c.layer_bits]
 
-        def preceding(layer):
-            return Mux(layer == 0, layers - 1, layer - 1)[: c.layer_bits]
+        def delayed(signal, cycles, name):
+            """``signal`` as it was ``n`` cycles before is element ``n`` of the result."""
+            line = [signal]
+            for n in range(1, cycles + 1):
+                line.append(Signal.like(signal, name=f"{name}_{n}"))
+                m.d.sync += line[n].eq(line[n - 1])
+            return line
 
         # The event under way ---------------------------------------------------------------------
         is_route, sequence = Signal(), Signal()
-        layer = Signal(c.layer_bits)
         set_ = Signal(data.ArrayLayout(unsigned(eb), top_k))
         used = Signal(experts)
         learning, ordered = Signal(), Signal()
-        m.d.comb += used.eq(Cat(Cat(lane == e for lane in set_).any() for e in range(experts)))
+        m.d.sync += used.eq(Cat(Cat(lane == e for lane in set_).any() for e in range(experts)))
 
-        # target[d] is layer l+d. They settle one after the other, long before they are needed.
-        target = [layer]
-        for d in range(1, depth + 1):
-            target.append(Signal(c.layer_bits, name=f"target_{d}"))
-            m.d.sync += target[d].eq(following(target[d - 1]))
-
-        # The sets of layers l, l-1, .. l-D; the memory itself holds the last of them.
-        earlier_layer = Signal(c.layer_bits)
-        earlier = [Signal(history.row.shape(), name=f"earlier_{d}") for d in range(depth)]
-        known = [Signal(name=f"known_{d}") for d in range(depth)]
-        earlier.append(history.row)
-        known.append(history.known)
+        # target[d] is layer l+d. They stand before the route comes: layers keep their order.
+        target = [Signal(c.layer_bits, name=f"target_{d}", init=d) for d in range(ahead + 1)]
+        layer = target[0]
 
         # Passes through the tables ---------------------------------------------------------------
+        # What belongs to a step: the rows are presented in the cycle after it.
+        taken, fresh = Signal(), Signal()
         rank = Signal(rank_bits)
         learn_pass, look_pass = Signal(), Signal()
         steps = [_gain_steps((1 << FRACTION_BITS,) * top_k), _gain_steps(c.gains)]
         step = Signal(range(max(len(s) for s in steps)))
         look_rank = Signal(rank_bits)
         first, add, last_step = Signal(), Signal(), Signal()
-        with m.If(ordered):
-            with m.Switch(step):
-                for n, (r, is_first, is_add) in enumerate(steps[1]):
-                    with m.Case(n):
-                        m.d.comb += [look_rank.eq(r), first.eq(is_first), add.eq(is_add)]
-            m.d.comb += last_step.eq(step == len(steps[1]) - 1)
-        with m.Else():
-            with m.Switch(step):
-                for n, (r, is_first, is_add) in enumerate(steps[0]):
-                    with m.Case(n):
-                        m.d.comb += [look_rank.eq(r), first.eq(is_first), add.eq(is_add)]
-            m.d.comb += last_step.eq(step == len(steps[0]) - 1)
-        load, add_next, add_now = Signal(), Signal(), Signal()
-        m.d.sync += [
-            load.eq(look_pass & first),
-            add_next.eq(look_pass & add),
-            add_now.eq(add_next),
-        ]
-        look_lane = Array(set_[r] for r in range(top_k))[look_rank]
-        taken, fresh = Signal(), Signal()
+        for order, schedule in enumerate(steps):
+            with m.If(ordered == order):
+                with m.Switch(step):
+                    for n, (r, is_first, is_add) in enumerate(schedule):
+                        with m.Case(n):
+                            m.d.comb += [look_rank.eq(r), first.eq(is_first), add.eq(is_add)]
+                m.d.comb += last_step.eq(step == len(schedule) - 1)
         m.d.sync += fresh.eq(taken & ~self.token.valid)
+        with m.If(taken & ~self.token.valid):
+            m.d.sync += look_pass.eq(1)
+        with m.If(look_pass):
+            m.d.sync += step.eq(step + 1)
+            with m.If(last_step):
+                m.d.sync += [look_pass.eq(0), learn_pass.eq(1)]
+        with m.If(learn_pass):
+            m.d.sync += rank.eq(rank + 1)
+            with m.If(rank == top_k - 1):
+                m.d.sync += learn_pass.eq(0)
+
+        freshly = delayed(fresh, 2, "fresh")
+        learns = delayed(learn_pass, 2, "learn_pass")
+        looks = delayed(look_pass, 1, "look_pass")
+        loads = delayed(look_pass & first, 5, "load")
+        adds = delayed(look_pass & add, 6, "add")
+        # A row that has just learned can be presented again five cycles later.
+        correcting = Signal()
+        m.d.comb += correcting.eq(look_pass | Cat(learns).any())
+
+        look_lane = Signal(eb)
+        m.d.comb += look_lane.eq(Array(set_[r] for r in range(top_k))[look_rank])
+        others = [history.previous, *(history.recent[d] for d in range(depth))]
+        known = [history.previous_known, *history.recent_known]
         for d, (table, row_sum) in enumerate(zip(tables, sums, strict=True)):
-            learn_lane = Array(earlier[d][r] for r in range(top_k))[rank]
+            learn_lane = Signal(eb, name=f"learn_lane_{d}")
+            lane = Signal(eb, name=f"lane_{d}")
+            row_layer = Signal(c.layer_bits, name=f"row_layer_{d}")
             m.d.comb += [
-                table.row.eq(Mux(learn_pass, Cat(learn_lane, layer), Cat(look_lane, target[d]))),
-                table.learn.eq(learn_pass & known[d] & learning),
+                learn_lane.eq(Array(others[d][r] for r in range(top_k))[rank]),
+                table.row.eq(Cat(lane, row_layer)),
                 table.delta.eq(learner.delta),
-                row_sum.row.eq(table.weights),
-                row_sum.clear.eq(taken),
-                row_sum.load.eq(load),
-                row_sum.add.eq(add_now),
+                row_sum.clear.eq(fresh | ~is_route),
             ]
+            m.d.sync += [
+                lane.eq(Mux(learn_pass, learn_lane, look_lane)),
+                row_layer.eq(Mux(learn_pass, layer, target[d])),
+            ]
+            corrected = Signal(name=f"corrected_{d}")
+            if d:
+                m.d.comb += [
+                    corrected.eq(learns[1]),
+                    row_sum.row.eq(table.weights),
+                    row_sum.load.eq(loads[3]),
+                    row_sum.add.eq(adds[4]),
+                ]
+            else:
+                # Rows of this set are corrected as they are looked up, the others afterwards.
+                both = Cat(
+                    lane == Mux(looks[1], history.previous[r], set_[r]) for r in range(top_k)
+                ).any()
+                m.d.comb += [
+                    corrected.eq(Mux(both, loads[1], learns[1])),
+                    row_sum.row.eq(table.learnt),
+                    row_sum.load.eq(loads[5]),
+                    row_sum.add.eq(adds[6]),
+                ]
+            m.d.sync += table.learn.eq(corrected & known[d] & learning)
         m.d.comb += [
-            bias.learn.eq(learn_pass & (rank == 0) & learning),
+            bias.learn.eq(freshly[2] & learning),
             bias.delta.eq(learner.delta),
-            learner.enable.eq(fresh),
+            learner.enable.eq(freshly[1]),
             learner.score.eq(scores.score),
             learner.use.eq(scores.use),
             learner.used.eq(used),
-            learner.learning.eq(learning),
         ]
 
-        # Score rows, one a cycle: fetched, added to, written ------------------------------------
-        fetch_layer = Signal(c.layer_bits)
-        fetched_layer, row_layer = Signal.like(fetch_layer), Signal.like(fetch_layer)
-        fetch_count, row_count = Signal(range(ahead + 2)), Signal(range(ahead + 2))
-        fetch_next, row_next = Signal(), Signal()
+        # Score rows, one a cycle: read, added to, written ---------------------------------------
+        fetch_layer, bias_layer = Signal(c.layer_bits), Signal(c.layer_bits)
+        fetching, port, own = Signal(), Signal(), Signal()
         rows_left = Signal(range(max(2, layers, ahead + 1)))
+        turn = Signal(ahead + 1)  # a route's rows: the layers ahead, then its own
+        valid = delayed(fetching, 3, "row_valid")
+        last = delayed(fetching & (rows_left == 0), 2, "row_last")
+        row_layers = delayed(fetch_layer, 2, "written_layer")
         row = Signal(score_layout(c))
-        own = Signal()
-        m.d.comb += own.eq(is_route & (row_count == ahead))
-        m.d.sync += fetched_layer.eq(fetch_layer)
-        with m.If(fetch_next):
-            m.d.sync += [
-                fetch_layer.eq(
-                    Mux(is_route & (fetch_count == ahead - 1), layer, following(fetch_layer))
-                    if ahead
-                    else following(fetch_layer)
-                ),
-                fetch_count.eq(fetch_count + 1),
-            ]
-        with m.If(row_next):
-            m.d.sync += [row_layer.eq(fetched_layer), row_count.eq(row_count + 1)]
-        parts = [sums[d].total for d in range(1, depth + 1)]
+        # The lane's own layer starts again from its bias, and so does a new sequence.
+        m.d.comb += own.eq(turn[ahead] | sequence)
         for e in range(experts):
-            base = Signal(signed(c.score_bits), name=f"base_{e}")
-            part = Signal(signed(sums[0].total_bits), name=f"part_{e}")
-            # The lane's own layer starts again from its bias, and so does a new sequence.
-            m.d.comb += base.eq(
-                Mux(own | sequence, bias.weights[e] << FRACTION_BITS, scores.score[e])
-            )
-            # All sums are 0 for a token.
-            with m.Switch(row_count):
-                for n, total in enumerate(parts):
-                    with m.Case(n):
-                        m.d.comb += part.eq(total[e])
-                with m.Case(ahead):
-                    m.d.comb += part.eq(sums[0].total[e])
-            with m.If(row_next):
-                m.d.sync += row[e].eq(base + part)
+            # A table's sums are 0 but when it is their turn. All sums are 0 for a token.
+            parts = []
+            for d in range(1, depth + 1):
+                part = Signal(signed(sums[d].total_bits), name=f"part_{d}_{e}")
+                with m.If(turn[d - 1]):
+                    m.d.sync += part.eq(sums[d].total[e])
+                with m.Else():
+                    m.d.sync += part.eq(0)
+                parts.append(part)
+            start = Signal(signed(c.score_bits), name=f"start_{e}")
+            with m.If(own):
+                m.d.sync += start.eq((bias.weights[e] << FRACTION_BITS) + sums[0].total[e])
+            with m.Else():
+                m.d.sync += start.eq(0)
+            part = start
+            for other in parts:
+                part = part | other
+            with m.If(valid[1]):
+                m.d.sync += row[e].eq(scores.score[e] + part)
 
-        commit_first, writing, finish = Signal(), Signal(), Signal()
+        finish, selecting = Signal(), Signal()
         idle = Signal()
-        m.d.sync += commit_first.eq(self.commit_request & self.commit_grant)
         m.d.comb += [
-            scores.score_layer.eq(row_layer),
+            finish.eq(last[2]),
+            scores.own.eq(port),
+            scores.layer.eq(fetch_layer),
+            scores.victim_layer.eq(self.victim_layer),
+            scores.blank.eq(port & own),
+            scores.score_layer.eq(row_layers[2]),
             scores.score_row.eq(row),
-            scores.write_score.eq(writing),
+            scores.write_score.eq(valid[2]),
             scores.use_layer.eq(layer),
             scores.use_row.eq(learner.use_next),
             scores.write_use.eq(finish & is_route),
+            history.layer.eq(layer),
             history.write.eq(finish & is_route),
-            history.write_layer.eq(layer),
-            history.write_row.eq(set_),
+            history.row.eq(set_),
             history.forget.eq(finish & sequence),
             self.commit_done.eq(finish),
-            scores.victim_layer.eq(self.victim_layer),
-            self.victim_score.eq(scores.victim_score),
-            self.victim_use.eq(scores.victim_use),
-            scores.layer.eq(fetch_layer),
-            bias.row.eq(Mux(sequence, fetch_layer, layer)),
+            self.victim_score.eq(scores.score),
+            self.victim_use.eq(scores.use),
+            bias.row.eq(bias_layer),
         ]
+        with m.If(finish & is_route):
+            # The route that comes next.
+            m.d.sync += [
+                *(target[d].eq(target[d + 1]) for d in range(ahead)),
+                target[ahead].eq(following(target[ahead])),
+            ]
 
         # Selection -------------------------------------------------------------------------------
-        selection_over = Signal()
+        selection_over, delivering = Signal(), Signal()
         if c.look:
             m.submodules.selector = selector = Selector(c)
+            start_selection = Signal()
             m.d.comb += [
-                selector.start.eq(commit_first),
+                start_selection.eq(valid[2] & ~valid[3]),
+                selector.start.eq(start_selection & self.prefetching),
                 selector.score.eq(row),
-                selector.candidates.eq(Mux(self.prefetching, self.absent, 0)),
+                selector.candidates.eq(self.absent),
                 selector.threshold.eq(self.threshold),
                 selector.layer.eq(self.select_layer),
-                selector.hold.eq(writing),
-                selection_over.eq(selector.over),
+                selector.hold.eq(~delivering),
+                selection_over.eq(delivering & (selector.over | ~selecting)),
             ]
+            with m.If(start_selection):
+                m.d.sync += selecting.eq(self.prefetching)
             wiring.connect(m, selector.o, wiring.flipped(self.selected))
         else:
-            m.d.comb += selection_over.eq(~writing)
+            m.d.comb += selection_over.eq(delivering)
 
         # Sequence --------------------------------------------------------------------------------
         clear_done = Signal()
@@ -359,106 +402,85 @@ class Predictor(wiring.Component):
             self.token.ready.eq(idle & clear_done),
             self.route.ready.eq(idle & clear_done & ~self.token.valid),
         ]
+        m.d.sync += port.eq(0)
+        # Cycles from the last step of the pass until the sums are there when they are needed.
+        settle = max(4 if depth else 0, 6 - ahead)
         with m.FSM():
             with m.State("IDLE"):
                 route = self.route.payload
                 m.d.comb += [
                     idle.eq(1),
-                    # Rows of a route are read while it is being taken.
-                    scores.layer.eq(route.layer),
-                    history.read.eq(1),
-                    history.read_layer.eq(route.layer),
                     taken.eq(clear_done & (self.token.valid | self.route.valid)),
                 ]
                 m.d.sync += [
-                    layer.eq(route.layer),
-                    earlier_layer.eq(preceding(route.layer)),
                     *(set_[r].eq(route.experts[r]) for r in range(top_k)),
                     learning.eq(self.learning),
                     ordered.eq(self.ordered),
                     rank.eq(0),
                     step.eq(0),
-                    fetch_count.eq(0),
-                    row_count.eq(0),
+                    turn.eq(0),
+                    fetch_layer.eq(layer),
+                    bias_layer.eq(layer),
+                    self.select_layer.eq(target[min(1, ahead)]),
                 ]
                 with m.If(taken):
                     m.d.sync += [
+                        port.eq(1),
                         is_route.eq(~self.token.valid),
                         sequence.eq(self.token.valid & self.token.payload.new_sequence),
                     ]
                     with m.If(self.token.valid):
                         m.d.sync += [
+                            *(target[d].eq(d) for d in range(ahead + 1)),
                             fetch_layer.eq(0),
+                            bias_layer.eq(0),
                             self.select_layer.eq(0),
                             rows_left.eq(Mux(self.token.payload.new_sequence, layers - 1, 0)),
                         ]
-                        m.next = "FETCH"
+                        m.next = "REQUEST"
                     with m.Else():
                         m.d.sync += rows_left.eq(ahead)
-                        m.next = "EARLIER-0" if depth else "LEARN"
-
-            for n in range(depth):
-                with m.State(f"EARLIER-{n}"):
-                    # The set of layer l-n is here, that of the layer before is read.
-                    m.d.comb += [
-                        history.read.eq(1),
-                        history.read_layer.eq(earlier_layer),
-                    ]
-                    m.d.sync += [
-                        earlier[n].eq(history.row),
-                        known[n].eq(history.known),
-                        earlier_layer.eq(preceding(earlier_layer)),
-                    ]
-                    m.next = f"EARLIER-{n + 1}" if n + 1 < depth else "LEARN"
-
-            with m.State("LEARN"):
-                m.d.comb += learn_pass.eq(1)
-                m.d.sync += rank.eq(rank + 1)
-                with m.If(rank == top_k - 1):
-                    m.next = "LEARNT-0"
-            # A row that has just learned can be read again three cycles later.
-            with m.State("LEARNT-0"):
-                m.next = "LEARNT-1"
-            with m.State("LEARNT-1"):
-                m.d.sync += [
-                    fetch_layer.eq(following(layer) if ahead else layer),
-                    self.select_layer.eq(following(layer)),
-                ]
-                m.next = "LOOK"
+                        m.next = "LOOK"
             with m.State("LOOK"):
-                m.d.comb += look_pass.eq(1)
-                m.d.sync += step.eq(step + 1)
-                with m.If(last_step):
-                    m.next = "SUM"
-            with m.State("SUM"):
-                m.next = "FETCH"
-            with m.State("FETCH"):
-                m.d.comb += fetch_next.eq(1)
-                m.next = "REQUEST"
+                m.d.sync += fetch_layer.eq(target[1] if ahead else layer)
+                with m.If(last_step & look_pass):
+                    m.next = "SETTLE-1"
+            for n in range(1, settle):
+                with m.State(f"SETTLE-{n}"):
+                    m.next = f"SETTLE-{n + 1}" if n + 1 < settle else "REQUEST"
             with m.State("REQUEST"):
-                # The first row is added up now, whether the grant comes at once or not.
-                m.d.comb += [self.commit_request.eq(1), row_next.eq(1)]
-                with m.If(self.commit_grant):
-                    m.d.comb += fetch_next.eq(1)
-                    m.next = "WRITE"
-                with m.Else():
-                    m.next = "WAIT"
-            with m.State("WAIT"):
                 m.d.comb += self.commit_request.eq(1)
+                m.d.sync += turn.eq(is_route)
                 with m.If(self.commit_grant):
-                    m.d.comb += fetch_next.eq(1)
+                    m.d.sync += port.eq(1)
+                    with m.If(sequence):
+                        m.next = "BIAS-1"
+                    with m.Else():
+                        m.next = "COMMIT"
+            # The bias of a layer is there two cycles after it was asked for.
+            for n in (1, 2):
+                with m.State(f"BIAS-{n}"):
+                    m.d.sync += [port.eq(1), bias_layer.eq(bias_layer + 1)]
+                    m.next = "COMMIT" if n == 2 else "BIAS-2"
+            with m.State("COMMIT"):
+                m.d.comb += fetching.eq(1)
+                m.d.sync += [
+                    port.eq(1),
+                    turn.eq(turn << 1),
+                    rows_left.eq(rows_left - 1),
+                    bias_layer.eq(Mux(sequence, bias_layer + 1, bias_layer)),
+                    fetch_layer.eq(following(fetch_layer)),
+                ]
+                with m.If(turn[ahead - 1] if ahead else Const(0)):
+                    m.d.sync += fetch_layer.eq(layer)
+                with m.If(rows_left == 0):
+                    m.d.sync += turn.eq(0)
                     m.next = "WRITE"
             with m.State("WRITE"):
-                m.d.comb += [
-                    writing.eq(1),
-                    row_next.eq(1),
-                    fetch_next.eq(1),
-                    finish.eq(rows_left == 0),
-                ]
-                m.d.sync += rows_left.eq(rows_left - 1)
                 with m.If(finish):
                     m.next = "SELECT"
             with m.State("SELECT"):
+                m.d.comb += delivering.eq(~correcting)
                 with m.If(selection_over):
                     m.d.comb += self.selection_over.eq(1)
                     m.next = "IDLE"

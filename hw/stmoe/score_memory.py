@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Module, Mux, Signal, signed
+from amaranth.hdl import Const, Module, Mux, Signal, signed
 from amaranth.lib import data, memory, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -22,11 +22,12 @@ def score_layout(config: EngineConfig) -> data.ArrayLayout:
 class ScoreMemory(wiring.Component):
     """A row of scores and a row of use counts for each layer.
 
-    Two read ports, the predictor's and the victim choice's, answer one cycle later; one write
-    port for each kind. A write is seen by reads presented from the next cycle on. After reset all
-    rows are cleared, one layer a cycle: until ``clear_done`` nothing may be written, and the row
-    inputs must be 0 (they come from registers that have not been loaded yet, which saves a
-    multiplexer of a whole row).
+    One read port, which answers one cycle later: the predictor's in the cycles with ``own``, the
+    victim choice's in all others (they never need it at once, see docs/architecture.md 4.1). One
+    write port for each kind. A write is seen by reads presented from the next cycle on. After
+    reset all rows are cleared, one layer a cycle: until ``clear_done`` nothing may be written, and
+    the row inputs must be 0 (they come from registers that have not been loaded yet, which saves
+    a multiplexer of a whole row).
 
     Parameters
     ----------
@@ -34,10 +35,13 @@ class ScoreMemory(wiring.Component):
 
     Members
     -------
-    layer, score, use : In, Out, Out
-        The predictor's port.
-    victim_layer, victim_score, victim_use : In, Out, Out
-        The victim choice's port.
+    own : In
+        ``layer`` is read in this cycle, else ``victim_layer``.
+    layer, victim_layer : In
+    blank : In
+        Scores that are read in this cycle are given as 0.
+    score, use : Out
+        The rows that were read one cycle before. Not reset.
     write_score, write_use : In
         Write ``score_row`` to ``score_layer``, ``use_row`` to ``use_layer``.
     clear_done : Out
@@ -50,12 +54,12 @@ class ScoreMemory(wiring.Component):
         layer, score, use = config.layer_bits, score_layout(config), use_layout(config)
         super().__init__(
             {
+                "own": In(1),
                 "layer": In(layer),
+                "victim_layer": In(layer),
+                "blank": In(1),
                 "score": Out(score),
                 "use": Out(use),
-                "victim_layer": In(layer),
-                "victim_score": Out(score),
-                "victim_use": Out(use),
                 "write_score": In(1),
                 "score_layer": In(layer),
                 "score_row": In(score),
@@ -74,36 +78,38 @@ class ScoreMemory(wiring.Component):
             m.d.sync += clear_layer.eq(clear_layer + 1)
             with m.If(clear_layer == layers - 1):
                 m.d.sync += self.clear_done.eq(1)
+        read_layer = Signal(self.config.layer_bits)
+        m.d.comb += read_layer.eq(Mux(self.own, self.layer, self.victim_layer))
 
-        def kind(name, shape, victim, own, enable, layer, row):
-            m.submodules[name] = ram = memory.Memory(shape=shape, depth=max(2, layers), init=[])
-            read, victim_read, write = ram.read_port(), ram.read_port(), ram.write_port()
+        def kind(name, blank, row_read, enable, layer, row_write):
+            shape = row_read.shape()
+            m.submodules[name] = ram = memory.Memory(
+                shape=shape,
+                depth=max(2, layers),
+                init=[],
+            )
+            # The register of the port is written out, as it can be blanked.
+            read, write = ram.read_port(domain="comb"), ram.write_port()
+            data_read = Signal(shape, name=f"{name}_read", reset_less=True)
             m.d.comb += [
-                read.addr.eq(self.layer),
-                victim_read.addr.eq(self.victim_layer),
-                own.eq(read.data),
-                victim.eq(victim_read.data),
+                read.addr.eq(read_layer),
+                row_read.eq(data_read),
                 write.en.eq(enable | ~self.clear_done),
                 write.addr.eq(Mux(self.clear_done, layer, clear_layer)),
-                write.data.eq(row),
+                write.data.eq(row_write),
             ]
+            with m.If(blank):
+                m.d.sync += data_read.as_value().eq(0)
+            with m.Else():
+                m.d.sync += data_read.eq(read.data)
 
         kind(
             "score_rows",
-            self.score.shape(),
-            self.victim_score,
+            self.blank,
             self.score,
             self.write_score,
             self.score_layer,
             self.score_row,
         )
-        kind(
-            "use_rows",
-            self.use.shape(),
-            self.victim_use,
-            self.use,
-            self.write_use,
-            self.use_layer,
-            self.use_row,
-        )
+        kind("use_rows", Const(0), self.use, self.write_use, self.use_layer, self.use_row)
         return m
