@@ -30,7 +30,6 @@ from stmoe.dma_scheduler import (
     burst_record_layout,
     last_record_layout,
     retry_record_layout,
-    segment_write_layout,
 )
 from stmoe.harness.memory_model import word_at
 from stmoe.payloads import (
@@ -39,6 +38,7 @@ from stmoe.payloads import (
     completion_layout,
     fill_layout,
     load_layout,
+    segment_write_layout,
 )
 from stmoe_golden.config import NUM_SEGMENTS, EngineConfig, preset
 

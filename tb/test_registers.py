@@ -26,9 +26,9 @@ from cocotbext.axi.axil_channels import (
 
 from simulation import run_bench, seeds, unpack
 from stmoe.axil_flat import connect_axil, flat_axil_ports
-from stmoe.payloads import segment_layout
+from stmoe.payloads import segment_layout, segment_write_layout
 from stmoe.register_map import COUNTER_INDEX, COUNTERS, Access, quota_bits, registers
-from stmoe.registers import CounterBank, Registers, segment_write_layout
+from stmoe.registers import CounterBank, Registers
 from stmoe_golden.config import EngineConfig, preset
 
 CONFIGS = {

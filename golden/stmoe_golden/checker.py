@@ -27,7 +27,7 @@ __all__ = ["Checker", "Kind", "Mismatch", "Record", "Segment", "Settings", "burs
 
 
 class Kind(IntEnum):
-    """Kinds of record; the numbers are those of the RTL's ``EventKind``."""
+    """Kinds of record. The RTL's ``EventKind`` is made of these."""
 
     TOKEN = 1
     ROUTE = 2

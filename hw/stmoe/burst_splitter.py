@@ -10,26 +10,15 @@ from amaranth.lib.wiring import In, Out
 
 from stmoe_golden.config import NUM_SEGMENTS, EngineConfig
 
-from .payloads import axi4_read_signature, segment_layout
+from .payloads import axi4_read_signature, segment_layout, segment_write_layout
 
-__all__ = ["BurstSplitter", "segment_write_layout"]
+__all__ = ["BurstSplitter"]
 
 PAGE_BYTES = 4096
 """No AXI burst crosses a multiple of this."""
 
 STRIDE_PART_BITS = 16
 """The stride is multiplied in two parts of at most so many bits, one DSP block each."""
-
-
-def segment_write_layout(config: EngineConfig) -> data.StructLayout:
-    """One row of the segment table: ``value`` is segment ``segment`` of ``layer``."""
-    return data.StructLayout(
-        {
-            "layer": config.layer_bits,
-            "segment": (NUM_SEGMENTS - 1).bit_length(),
-            "value": segment_layout(config),
-        }
-    )
 
 
 def _without_lowest(mask: Value) -> Value:

@@ -11,13 +11,14 @@ from amaranth.lib.wiring import In, Out
 
 from stmoe_golden.config import EngineConfig
 
-from .burst_splitter import BurstSplitter, segment_write_layout
+from .burst_splitter import BurstSplitter
 from .payloads import (
     CompletionStatus,
     axi4_read_signature,
     completion_layout,
     fill_layout,
     load_layout,
+    segment_write_layout,
 )
 from .skid_buffer import SkidBuffer
 
@@ -26,7 +27,6 @@ __all__ = [
     "burst_record_layout",
     "last_record_layout",
     "retry_record_layout",
-    "segment_write_layout",
 ]
 
 ERROR_RESPONSE_BIT = 1

@@ -7,7 +7,8 @@ from amaranth.hdl import Cat, Const, Value, ValueLike, signed, unsigned
 from amaranth.lib import data, enum, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from stmoe_golden.config import EngineConfig
+from stmoe_golden.checker import Kind
+from stmoe_golden.config import NUM_SEGMENTS, EngineConfig
 
 __all__ = [
     "CYCLE_BITS",
@@ -25,6 +26,7 @@ __all__ = [
     "release_layout",
     "route_layout",
     "segment_layout",
+    "segment_write_layout",
     "selection_layout",
     "token_layout",
 ]
@@ -50,29 +52,10 @@ def packed(layout: data.StructLayout, **fields: ValueLike) -> Value:
     return Cat(*parts)
 
 
-class EventKind(enum.IntEnum, shape=5):
-    """Kinds of record on the event port, in the order they have within one cycle."""
+class EventKind(enum.IntEnum, shape=max(Kind).bit_length()):
+    """Kinds of record on the event port: the golden model's, with a shape."""
 
-    TOKEN = 1
-    ROUTE = 2
-    SCORE_COMMIT = 3
-    SELECT = 4
-    LOAD_START = 5
-    BURST = 6
-    LAST_BEAT = 7
-    FILL_DONE = 8
-    GRANT = 9
-    RELEASE = 10
-    CANCEL = 11
-    DRAINED = 12
-    PROMOTE = 13
-    DROP = 14
-    RETRY = 15
-    ERROR = 16
-    WATCHDOG = 17
-    REGISTER_COMMIT = 18
-    THRESHOLD = 19
-    ILLEGAL = 20
+    locals().update({kind.name: kind.value for kind in Kind})
 
 
 class CompletionStatus(enum.Enum, shape=2):
@@ -171,6 +154,17 @@ def segment_layout(config: EngineConfig) -> data.StructLayout:
             "base": config.axi_addr_width,
             "stride": 32,
             "beats": config.offset_bits,
+        }
+    )
+
+
+def segment_write_layout(config: EngineConfig) -> data.StructLayout:
+    """``segment_write``: a new value for one address segment of one layer."""
+    return data.StructLayout(
+        {
+            "layer": config.layer_bits,
+            "segment": (NUM_SEGMENTS - 1).bit_length(),
+            "value": segment_layout(config),
         }
     )
 

@@ -11,9 +11,9 @@ from amaranth.hdl import Array, Const, Module, Mux, Signal, Value, signed, unsig
 from amaranth.lib import data, enum, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from stmoe_golden.config import NUM_SEGMENTS, EngineConfig
+from stmoe_golden.config import EngineConfig
 
-from .payloads import CYCLE_BITS, axi4_lite_signature, segment_layout
+from .payloads import CYCLE_BITS, axi4_lite_signature, segment_write_layout
 from .register_map import (
     COUNTERS,
     Access,
@@ -23,24 +23,13 @@ from .register_map import (
     threshold_reset,
 )
 
-__all__ = ["CounterBank", "Registers", "segment_write_layout"]
+__all__ = ["CounterBank", "Registers"]
 
 OKAY, SLVERR = 0, 2
 """AXI responses that are given."""
 
 SHADOW = ("CONTROL", "THRESHOLD", "QUOTA", "COMMIT")
 """Registers that a pending commit keeps as they are."""
-
-
-def segment_write_layout(config: EngineConfig) -> data.StructLayout:
-    """``segment_write``: a new value for one address segment of one layer."""
-    return data.StructLayout(
-        {
-            "layer": config.layer_bits,
-            "segment": (NUM_SEGMENTS - 1).bit_length(),
-            "value": segment_layout(config),
-        }
-    )
 
 
 class CounterBank(wiring.Component):
