@@ -108,6 +108,8 @@ class TB:
         self.model = Model(self.config)
         self.reads: dict[str, int] = {}
         self.wanted: dict[str, Any] = {}
+        self.counted = (list(self.model.held), list(self.model.ready))
+        self.changes = False
         self.drive(row_write=0, place_write=0, info_write=0)
         self.drive(held_add=0, held_sub=0, ready_add=0, ready_sub=0)
         self.dut.rst.value = 1
@@ -129,13 +131,17 @@ class TB:
             want = self.wanted["info"]
             info = unpack(self.info_layout, self.get("info"))
             assert want is None or info == want, f"info {self.reads}: {info}, not {want}"
-        over = sum((model.held[m] > quota[m]) << m for m in range(c.num_layers))
+        held, ready = self.counted
+        over = sum((held[m] > quota[m]) << m for m in range(c.num_layers))
         assert self.get("over") == over, f"over {self.get('over'):b}, not {over:b}"
-        flags = sum((model.ready[m] > 0) << m for m in range(c.num_layers))
+        flags = sum((ready[m] > 0) << m for m in range(c.num_layers))
         assert self.get("any_ready") == flags, f"any_ready {self.get('any_ready'):b}: {flags:b}"
+        settling = (held, ready) != (model.held, model.ready)
+        assert self.get("settling") or not settling, "settling, but the map does not say so"
+        assert not self.get("settling") or self.changes, "nothing changes, but the map says so"
         self.seen["over and not"] += 0 < over < (1 << c.num_layers) - 1
         self.seen["over"] += over > 0
-        self.seen["at quota"] += model.held == quota and any(quota)
+        self.seen["at quota"] += held == quota and any(quota)
         self.seen["any_ready"] += flags > 0
         self.seen["nothing ready"] += flags == 0
 
@@ -231,6 +237,9 @@ class TB:
         if info_write:
             model.infos[info_slot] = info
             self.seen["info read as it is written"] += info_read == info_slot
+        # The flags are a cycle behind the counts.
+        self.counted = (list(model.held), list(model.ready))
+        self.changes = held_add or held_sub or ready_add or ready_sub > 0
         model.held[held_layer] += held_add - held_sub
         model.ready[ready_layer] += ready_add - ready_sub
         self.seen["held both ways"] += held_add and held_sub

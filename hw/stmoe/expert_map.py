@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Array, Cat, Module, Mux, Signal, unsigned
+from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
 from amaranth.lib import data, enum, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -82,7 +82,10 @@ class ExpertMap(wiring.Component):
     quota : In
         Slots that each layer keeps.
     over, any_ready : Out
-        One bit per layer: it has more slots than its quota; it has an evictable slot.
+        One bit per layer: it has more slots than its quota; it has an evictable slot. They follow
+        ``held_*`` and ``ready_*`` in the second cycle, ``quota`` at once.
+    settling : Out
+        One of them may be about to change: there was such an input in the cycle before.
     """
 
     def __init__(self, config: EngineConfig):
@@ -116,6 +119,7 @@ class ExpertMap(wiring.Component):
                 "quota": In(data.ArrayLayout(unsigned(experts.bit_length()), layers)),
                 "over": Out(layers),
                 "any_ready": Out(layers),
+                "settling": Out(1),
             }
         )
 
@@ -161,18 +165,31 @@ class ExpertMap(wiring.Component):
             info_write.en.eq(self.info_write),
         ]
 
-        held = Array(
-            Signal(range(c.num_slots + 1), name=f"held_{layer}") for layer in range(layers)
-        )
-        ready = Array(Signal(range(experts + 1), name=f"ready_{layer}") for layer in range(layers))
-        with m.If(self.held_add | self.held_sub):
-            m.d.sync += held[self.held_layer].eq(
-                held[self.held_layer] + self.held_add - self.held_sub
-            )
-        with m.If(self.ready_add | (self.ready_sub != 0)):
-            m.d.sync += ready[self.ready_layer].eq(
-                ready[self.ready_layer] + self.ready_add - self.ready_sub
-            )
+        # A counter for each layer, and before it a register for each of its changes: it would take
+        # too long to pick a counter, add to it and write it back.
+        lost = Signal.like(self.ready_sub)
+        m.d.sync += [
+            lost.eq(self.ready_sub),
+            self.settling.eq(
+                self.held_add | self.held_sub | self.ready_add | (self.ready_sub != 0)
+            ),
+        ]
+        held, ready = [], []
+        for layer in range(layers):
+            holds = Signal(range(c.num_slots + 1), name=f"held_{layer}")
+            can_go = Signal(range(experts + 1), name=f"ready_{layer}")
+            held_more, held_less = Signal(name=f"more_{layer}"), Signal(name=f"less_{layer}")
+            ready_more, ready_less = Signal(name=f"gain_{layer}"), Signal(name=f"loss_{layer}")
+            m.d.sync += [
+                held_more.eq(self.held_add & (self.held_layer == layer)),
+                held_less.eq(self.held_sub & (self.held_layer == layer)),
+                ready_more.eq(self.ready_add & (self.ready_layer == layer)),
+                ready_less.eq(self.ready_layer == layer),
+                holds.eq(holds + held_more - held_less),
+                can_go.eq(can_go + ready_more - Mux(ready_less, lost, 0)),
+            ]
+            held.append(holds)
+            ready.append(can_go)
         m.d.comb += [
             self.over.eq(Cat(held[layer] > self.quota[layer] for layer in range(layers))),
             self.any_ready.eq(Cat(ready[layer] != 0 for layer in range(layers))),

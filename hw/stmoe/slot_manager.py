@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, signed, unsigned
-from amaranth.lib import data, fifo, stream, wiring
+from amaranth.lib import data, enum, fifo, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
@@ -57,13 +57,32 @@ def transfer_layout(config: EngineConfig) -> data.StructLayout:
     )
 
 
+class Operation(enum.Enum, shape=4):
+    """What the manager does next, in the order of precedence."""
+
+    COMPLETION = 0
+    """A transfer has ended."""
+    DEMAND = 1
+    """A demanded expert is given a slot."""
+    SETTLE = 2
+    """Nothing yet: which prefetch routing has disproved is being found."""
+    DISPROVED = 3
+    """A prefetch that routing has disproved is cancelled."""
+    RELEASE = 4
+    SCORE_COMMIT = 5
+    REGISTER_COMMIT = 6
+    TOKEN = 7
+    ROUTE = 8
+    PREFETCH = 9
+    """A selected expert is given a slot."""
+
+
 class SlotManager(wiring.Component):
     """Serialises demand, prefetch, fill, release, cancel and commit.
 
     One operation at a time; each samples its inputs and commits before the next begins. When idle
-    the first of these that is possible is done: the answer of a victim search for a demand, a
-    completed transfer, the next demand without a slot, a disproved prefetch, a release, a score
-    commit, a register commit, a token, a routing event, the next prefetch.
+    the first :class:`Operation` that is possible is chosen in one cycle and begun in the next; a
+    victim search belongs to the operation that began it.
 
     Latency, in cycles from the one in which ``route`` is taken: a resident expert's grant is valid
     3 later; the load of the first missing expert is handed to the DMA scheduler 1 later when a
@@ -213,7 +232,7 @@ class SlotManager(wiring.Component):
 
         demand_blocked, prefetch_blocked = Signal(), Signal()
         searching = Signal()
-        """A victim search is under way or its answer has not been used."""
+        """A victim search has begun together with a routing event."""
         demanding = Signal()
         """A demand has no slot yet: a load that starts is its."""
         m.d.comb += demanding.eq(pending != 0)
@@ -288,8 +307,8 @@ class SlotManager(wiring.Component):
             load_layer.eq(Mux(demanding, event_layer, entry.layer)),
             load_expert.eq(Mux(demanding, event_experts[pending_rank], entry.expert[:eb])),
             chooser.demand.eq(demanding),
-            chooser.load_layer.eq(load_layer),
-            chooser.load_expert.eq(load_expert),
+            chooser.load_layer.eq(op_layer),
+            chooser.load_expert.eq(op_expert),
         ]
 
         # Starting a load: the same few lines for both kinds -------------------------------------
@@ -544,6 +563,7 @@ class SlotManager(wiring.Component):
         loading_states = (LaneState.LOADING_PREFETCH, LaneState.LOADING_DEMAND)
         row_taken = Signal(data.ArrayLayout(LaneState, experts))
         released, releasable = Signal(slot_info_layout(c)), Signal()
+        operation = Signal(Operation)
         threshold_next = Signal()
         leaving_found, leaving_slot = Signal(), Signal(c.slot_bits)
         newest_order = Signal(c.transfer_bits)
@@ -551,23 +571,12 @@ class SlotManager(wiring.Component):
         walk_length = max(layers, c.num_slots)
         walk = Signal(range(walk_length + 1))
 
-        def search_or_start():
-            """From IDLE: a free slot is taken at once, else a victim is looked for."""
-            with m.If(free.r_rdy):
-                m.d.sync += [load_slot.eq(free.r_data), evicting.eq(0)]
-                m.d.comb += free.r_en.eq(1)
-                m.next = "START"
-            with m.Elif(free.level == 0):
-                # Not while a slot that has just become free is on its way through the FIFO.
-                m.d.comb += chooser.start.eq(1)
-                m.d.sync += searching.eq(1)
-
         with m.FSM(init="CLEAR") as fsm:
             # What is read is told by as little as possible, not by which operation comes next: in
-            # IDLE whatever may be wanted then, and from START on the victim's.
+            # BEGIN whatever may be wanted then, during a search and START the victim's.
             of_victim = Signal()
             m.d.comb += [
-                of_victim.eq(searching | fsm.ongoing("START")),
+                of_victim.eq(fsm.ongoing("SEARCH") | fsm.ongoing("START")),
                 row_layer.eq(
                     Mux(
                         of_victim,
@@ -623,97 +632,125 @@ class SlotManager(wiring.Component):
                     m.next = "IDLE"
 
             with m.State("IDLE"):
+                # The first operation that is possible is chosen now and begun in the next cycle.
+                # What makes it possible stays so until then.
                 m.d.sync += [op_layer.eq(load_layer), op_expert.eq(load_expert)]
-                with m.If(self.hold):
-                    pass
-                with m.Elif(searching):
-                    with m.If(chooser.done):
-                        m.d.sync += [searching.eq(0), evicting.eq(1)]
-                        with m.If(chooser.admitted):
-                            m.next = "START"
-                        with m.Elif(demanding):
-                            m.d.sync += [scan.eq(0), leaving_found.eq(0)]
-                            m.next = "MAKE-ROOM"
-                        with m.Elif(chooser.found):
-                            m.d.comb += [
-                                queue.o.ready.eq(1),
-                                counter["dropped"].eq(1),
-                                *emit(EventKind.DROP, layer=entry.layer, expert=entry.expert),
-                            ]
-                        with m.Else():
-                            m.d.sync += prefetch_blocked.eq(1)
-                with m.Elif(self.completion.valid):
-                    m.d.comb += self.completion.ready.eq(1)
-                    m.d.sync += [
-                        ended_index.eq(self.completion.payload.transfer),
-                        status.eq(self.completion.payload.status),
-                        demand_blocked.eq(0),
-                        prefetch_blocked.eq(0),
-                    ]
-                    m.next = "ENDED"
-                with m.Elif(demanding & ~demand_blocked & self.start.ready):
-                    search_or_start()
-                with m.Elif(disproved_changed):
-                    pass
-                with m.Elif(any_disproved):
-                    m.next = "DISPROVED"
-                with m.Elif(self.release.valid):
-                    m.next = "RELEASED"
-                with m.Elif(self.commit_request):
-                    m.d.comb += [
-                        self.commit_grant.eq(1),
-                        counter["score_commits"].eq(1),
-                        *emit(EventKind.SCORE_COMMIT, layer=self.select_layer),
-                    ]
-                    m.d.sync += prefetch_blocked.eq(0)
-                    m.next = "COMMIT-ROW"
-                with m.Elif(self.register_request):
-                    m.d.comb += [self.register_grant.eq(1), *emit(EventKind.REGISTER_COMMIT)]
-                    m.d.sync += [
-                        threshold_next.eq(self.threshold_changed),
-                        demand_blocked.eq(0),
-                        prefetch_blocked.eq(0),
-                    ]
-                    m.next = "REGISTERS"
-                with m.Elif(take_token):
-                    m.d.comb += self.token.ready.eq(1)
-                    with m.If(token.context != 0):
-                        m.d.comb += [
-                            counter["illegal"].eq(1),
-                            *emit(EventKind.ILLEGAL, flag=2),
-                        ]
-                    with m.Else():
-                        m.d.comb += [
-                            self.predictor_token.valid.eq(1),
-                            self.predictor_token.payload.new_sequence.eq(token.new_sequence),
-                            counter["tokens"].eq(1),
-                            counter["sequences"].eq(token.new_sequence),
-                            *emit(EventKind.TOKEN, flag=token.new_sequence, data=token.token_id),
-                        ]
-                        m.d.sync += [token_taken.eq(1), expected_layer.eq(0)]
-                        with m.If(token.new_sequence):
-                            m.next = "FLUSH"
-                with m.Elif(judge_route):
-                    m.d.sync += [
-                        *(event_lanes[rank].eq(route.experts[rank]) for rank in range(top_k)),
-                        legal.eq(
-                            (route.context == 0)
-                            & (route.layer == expected_layer)
-                            & Cat(x < experts for x in route.experts).all()
-                            & ~Cat(*duplicates, Const(0, 1)).any()
-                        ),
-                        event_next.eq(route_set),
-                    ]
-                    m.next = "ROUTE"
-                with m.Elif(
-                    queue.o.valid
+                possible = {
+                    Operation.COMPLETION: self.completion.valid,
+                    Operation.DEMAND: demanding & ~demand_blocked & self.start.ready,
+                    Operation.SETTLE: disproved_changed,
+                    Operation.DISPROVED: any_disproved,
+                    Operation.RELEASE: self.release.valid,
+                    Operation.SCORE_COMMIT: self.commit_request,
+                    Operation.REGISTER_COMMIT: self.register_request,
+                    Operation.TOKEN: take_token,
+                    Operation.ROUTE: judge_route,
+                    Operation.PREFETCH: queue.o.valid
                     & self.prefetch_ready
                     & self.start.ready
                     & ~prefetch_blocked
-                    & (pending == 0)
-                    & (prefetch_held < prefetch_limit)
-                ):
-                    search_or_start()
+                    & ~demanding
+                    & (prefetch_held < prefetch_limit),
+                }
+                for kind, condition in reversed(possible.items()):
+                    with m.If(condition):
+                        m.d.sync += operation.eq(kind)
+                with m.If(Cat(possible.values()).any() & ~self.hold):
+                    m.next = "BEGIN"
+
+            with m.State("BEGIN"):
+                m.next = "IDLE"
+                with m.Switch(operation):
+                    with m.Case(Operation.COMPLETION):
+                        m.d.comb += self.completion.ready.eq(1)
+                        m.d.sync += [
+                            ended_index.eq(self.completion.payload.transfer),
+                            status.eq(self.completion.payload.status),
+                            demand_blocked.eq(0),
+                            prefetch_blocked.eq(0),
+                        ]
+                        m.next = "ENDED"
+                    with m.Case(Operation.DEMAND, Operation.PREFETCH):
+                        # A free slot is taken at once, else a victim is looked for; but not while
+                        # a slot that has just become free is on its way through the FIFO, nor
+                        # while the map's counts change.
+                        with m.If(free.r_rdy):
+                            m.d.sync += [load_slot.eq(free.r_data), evicting.eq(0)]
+                            m.d.comb += free.r_en.eq(1)
+                            m.next = "START"
+                        with m.Elif((free.level == 0) & ~table.settling):
+                            m.d.comb += chooser.start.eq(1)
+                            m.next = "SEARCH"
+                    with m.Case(Operation.DISPROVED):
+                        m.next = "DISPROVED"
+                    with m.Case(Operation.RELEASE):
+                        m.next = "RELEASED"
+                    with m.Case(Operation.SCORE_COMMIT):
+                        m.d.comb += [
+                            self.commit_grant.eq(1),
+                            counter["score_commits"].eq(1),
+                            *emit(EventKind.SCORE_COMMIT, layer=self.select_layer),
+                        ]
+                        m.d.sync += prefetch_blocked.eq(0)
+                        m.next = "COMMIT-ROW"
+                    with m.Case(Operation.REGISTER_COMMIT):
+                        m.d.comb += [self.register_grant.eq(1), *emit(EventKind.REGISTER_COMMIT)]
+                        m.d.sync += [
+                            threshold_next.eq(self.threshold_changed),
+                            demand_blocked.eq(0),
+                            prefetch_blocked.eq(0),
+                        ]
+                        m.next = "REGISTERS"
+                    with m.Case(Operation.TOKEN):
+                        m.d.comb += self.token.ready.eq(1)
+                        with m.If(token.context != 0):
+                            m.d.comb += [
+                                counter["illegal"].eq(1),
+                                *emit(EventKind.ILLEGAL, flag=2),
+                            ]
+                        with m.Else():
+                            m.d.comb += [
+                                self.predictor_token.valid.eq(1),
+                                self.predictor_token.payload.new_sequence.eq(token.new_sequence),
+                                counter["tokens"].eq(1),
+                                counter["sequences"].eq(token.new_sequence),
+                                *emit(
+                                    EventKind.TOKEN, flag=token.new_sequence, data=token.token_id
+                                ),
+                            ]
+                            m.d.sync += [token_taken.eq(1), expected_layer.eq(0)]
+                            with m.If(token.new_sequence):
+                                m.next = "FLUSH"
+                    with m.Case(Operation.ROUTE):
+                        m.d.sync += [
+                            *(event_lanes[rank].eq(route.experts[rank]) for rank in range(top_k)),
+                            legal.eq(
+                                (route.context == 0)
+                                & (route.layer == expected_layer)
+                                & Cat(x < experts for x in route.experts).all()
+                                & ~Cat(*duplicates, Const(0, 1)).any()
+                            ),
+                            event_next.eq(route_set),
+                        ]
+                        m.next = "ROUTE"
+
+            with m.State("SEARCH"):
+                with m.If(chooser.done & ~self.hold):
+                    m.d.sync += evicting.eq(1)
+                    m.next = "IDLE"
+                    with m.If(chooser.admitted):
+                        m.next = "START"
+                    with m.Elif(demanding):
+                        m.d.sync += [scan.eq(0), leaving_found.eq(0)]
+                        m.next = "MAKE-ROOM"
+                    with m.Elif(chooser.found):
+                        m.d.comb += [
+                            queue.o.ready.eq(1),
+                            counter["dropped"].eq(1),
+                            *emit(EventKind.DROP, layer=entry.layer, expert=entry.expert),
+                        ]
+                    with m.Else():
+                        m.d.sync += prefetch_blocked.eq(1)
 
             with m.State("START"):
                 # The victim's slot is read out until the DMA scheduler takes the load.
@@ -952,6 +989,7 @@ class SlotManager(wiring.Component):
             with m.State("ROUTE"):
                 # The row is here and the route is judged: taken now, one way or the other.
                 m.d.comb += self.route.ready.eq(1)
+                m.d.sync += searching.eq(0)
                 with m.If(legal):
                     m.d.comb += [
                         self.predictor_route.valid.eq(1),
@@ -996,6 +1034,7 @@ class SlotManager(wiring.Component):
                 # Residents are pinned and loading ones become demands, the whole row at once; the
                 # first missing expert takes a free slot, or the search for a victim begins.
                 first_missing = event_experts[pending_rank]
+                m.d.sync += op_expert.eq(first_missing)
                 start_now = Signal()
                 m.d.comb += [
                     judging.eq(1),
@@ -1038,7 +1077,10 @@ class SlotManager(wiring.Component):
             with m.State("JUDGE"):
                 m.d.comb += [judging.eq(1), queue.flush.eq(1)]
                 with m.If(judged_all & ~stage1 & ~stage2 & ~queue.removed):
-                    m.next = "IDLE"
+                    with m.If(searching):
+                        m.next = "SEARCH"
+                    with m.Else():
+                        m.next = "IDLE"
 
         with m.If(cancelling):
             m.d.comb += [
