@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What the simulation offers the driver's test besides stmoe_read32() and stmoe_write32(). The clock
- * runs only while one of these waits for something.
+ * What the simulation offers the driver's test besides stmoe_read32() and stmoe_write32(). The
+ * clock runs only while one of these waits for something.
  */
 #ifndef SIM_H
 #define SIM_H

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * A driver for the registers of the ST-MoE prefetch engine, without an operating system: freestanding
- * C11, no allocation, no global state. It takes the shape of the engine from its CAPABILITY registers,
- * so one binary serves every configuration. Registers: docs/registers.md.
+ * A driver for the registers of the ST-MoE prefetch engine, without an operating system:
+ * freestanding C11, no allocation, no global state. It takes the shape of the engine from its
+ * CAPABILITY registers, so one binary serves every configuration. Registers: docs/registers.md.
  *
  * stmoe_probe() comes first. Then segments, quotas, threshold and control in any order,
  * stmoe_commit(), and the first token. A function that can fail returns an enum stmoe_result and
