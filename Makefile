@@ -114,7 +114,7 @@ $(READY): pyproject.toml
 	@mkdir -p $(dir $(LOG))
 	$(call STEP,preparing $(VENV),$(KEEP) || $(PYTHON) -m venv --clear $(VENV),\
 		no virtual environment could be made in $(VENV))
-	$(call STEP,installing stmoe and its tools (about a minute),$(PIP) --editable '.[dev]',\
+	$(call STEP,installing stmoe and its tools (about a minute),$(PIP) --editable '.[dev,board]',\
 		pip could not install what pyproject.toml lists: is PyPI within reach?)
 	@$(LIBPYTHON) || { echo "cocotb needs Python's shared library, libpython3.X.so" \
 		"(Debian: apt install libpython3-dev)"; exit 2; } >&2
