@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the tools of the flows and runs them, each with its log."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Tool", "ToolFailed", "find", "run"]
+
+YOWASP = ("yosys", "nextpnr-ecp5", "ecppack")
+"""Tools that come with the extra ``fpga``, as ``yowasp-NAME``."""
+
+
+class ToolFailed(RuntimeError):
+    """A tool ended with an error; the message is the line to print."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A program that was found, and what picked it (``.venv``, ``PATH`` or a variable)."""
+
+    name: str
+    path: str
+    origin: str
+
+
+def variable(name: str) -> str:
+    """Environment variable that names the program to use instead, as in Amaranth's scripts."""
+    return name.upper().replace("-", "_")
+
+
+def find(name: str) -> Tool | None:
+    """The program for a tool, or None.
+
+    A variable (``YOSYS``, ``NEXTPNR_ECP5``, ``ECPPACK``, ``VIVADO``) comes first. Else the tools
+    that pip brings are taken from the environment that this runs in, never from PATH: their
+    versions are pinned, so area and Fmax are the same on every machine. The others are looked up
+    on PATH.
+    """
+    asked = os.environ.get(variable(name))
+    if asked:
+        path = shutil.which(asked)
+        return Tool(name, path, variable(name)) if path else None
+    if name in YOWASP:
+        path = str(Path(sys.executable).parent / f"yowasp-{name}")
+        return Tool(name, path, ".venv") if os.access(path, os.X_OK) else None
+    path = shutil.which(name)
+    return Tool(name, path, "PATH") if path else None
+
+
+def version(tool: Tool) -> str:
+    """What the tool says its version is, in one line."""
+    option = {"yosys": "-V", "vivado": "-version"}.get(tool.name, "--version")
+    done = subprocess.run([tool.path, option], capture_output=True, text=True)
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    return lines[0].strip() if lines else "unknown version"
+
+
+def run(
+    tool: Tool, arguments: Sequence[str], *, folder: Path, log: Path, label: str
+) -> tuple[float, int]:
+    """Run a tool in ``folder``, append what it prints to ``log``, and say how long it took.
+
+    Returns
+    -------
+    seconds, status : tuple of float and int
+    """
+    print(f"bitstream: {label} ... ", end="", flush=True)
+    start = time.monotonic()
+    with open(log, "a") as file:
+        file.write(f"$ {tool.path} {' '.join(arguments)}\n")
+        file.flush()
+        try:
+            status = subprocess.run(
+                [tool.path, *arguments],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            ).returncode
+        except OSError as error:
+            print("failed", flush=True)
+            raise ToolFailed(f"{tool.path}: {error.strerror or error}") from None
+    seconds = time.monotonic() - start
+    print(f"{seconds:.0f} s" if status == 0 else f"failed after {seconds:.0f} s", flush=True)
+    return seconds, status
