@@ -93,7 +93,7 @@ class Board:
                 f"{self.name}: platform must be one of an ECP5 or a 7 series device, "
                 f"not {self.platform.__name__}"
             )
-        self.pll(self.clock_hz)
+        self.check_clock(self.clock_hz)
 
     @property
     def family(self) -> str:
@@ -113,11 +113,18 @@ class Board:
         """Frequency of the platform's default clock."""
         return round(self.platform().default_clk_frequency)
 
+    @property
+    def _pll(self) -> type[Ecp5Pll] | type[Series7Pll]:
+        return Ecp5Pll if self.family == "ecp5" else Series7Pll
+
     def pll(self, clock_hz: int) -> Ecp5Pll | Series7Pll:
-        """The PLL that makes ``clock_hz`` on this board; :class:`BoardError` if none does."""
-        kind = Ecp5Pll if self.family == "ecp5" else Series7Pll
+        """A PLL that makes ``clock_hz`` on this board."""
+        return self._pll(self.input_hz, clock_hz)
+
+    def check_clock(self, clock_hz: int) -> None:
+        """Raise :class:`BoardError` if the board's PLL cannot make this frequency."""
         try:
-            return kind(self.input_hz, clock_hz)
+            self._pll.solve(self.input_hz, clock_hz)
         except ValueError as error:
             raise BoardError(f"{self.name}: {error}") from None
 

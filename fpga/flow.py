@@ -41,7 +41,7 @@ class NoBitstream(RuntimeError):
     """The project is complete but a tool that makes the bitstream is not here."""
 
 
-def _board_top(config: EngineConfig, *, clock_hz: int, baud: int):
+def _board_top(config: EngineConfig, *, clock_hz: int, baud: int) -> Any:
     # Imported late: it takes the whole generator, and `make boards` needs none of it.
     from stmoe.harness.board_top import BoardTop
 

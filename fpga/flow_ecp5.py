@@ -23,7 +23,7 @@ def _tool(name: str) -> Tool:
 
 def _do(job: Job, tool: Tool, arguments: list[str], label: str) -> int:
     seconds, status = run(tool, arguments, folder=job.project, log=job.log, label=label)
-    job.report["seconds"][tool.name] = round(seconds, 1)
+    job.report["seconds"][tool.name] = seconds
     return status
 
 
@@ -42,7 +42,7 @@ def synthesise(job: Job) -> tuple[Use, list[list[str]]]:
         job.board.platform(),
         script_after_read=HIDE_FIELDS,
         script_after_synth=f"tee -q -o {NAME}.stat.json stat -json",
-        nextpnr_opts=f"--seed {job.seed} --report {NAME}.report.json",
+        nextpnr_opts=f"--seed {job.seed} --router router2 --report {NAME}.report.json",
     )
     # Amaranth's build script holds its commands as lists too.
     first, *rest = json.loads(plan.files[f"build_{NAME}.json"])["commands"]

@@ -102,7 +102,7 @@ def _with_vivado(job: Job, vivado: Tool, arguments: list[str]) -> None:
     seconds, status = run(
         vivado, arguments, folder=project, log=job.log, label="Vivado (some ten minutes)"
     )
-    job.report["seconds"][vivado.name] = round(seconds, 1)
+    job.report["seconds"][vivado.name] = seconds
     timing = project / f"{NAME}_timing.rpt"
     placed = project / f"{NAME}_utilization_place.rpt"
     synthesised = project / f"{NAME}_utilization_synth.rpt"
@@ -147,7 +147,7 @@ def synthesise(job: Job) -> Use:
     seconds, status = run(
         yosys, arguments, folder=job.project, log=job.log, label="synthesis (minutes)"
     )
-    job.report["seconds"][yosys.name] = round(seconds, 1)
+    job.report["seconds"][yosys.name] = seconds
     if status:
         raise ToolFailed(f"yosys failed: {first_error(job.log, job.project / f'{NAME}.rpt')}")
     return of_yosys(job.project / f"{NAME}.stat.json", job.board)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from amaranth.hdl import ClockDomain, ClockSignal, Const, Elaboratable, Module
 from amaranth.lib import io, wiring
 from amaranth.lib.cdc import ResetSynchronizer
@@ -35,7 +37,7 @@ class OnBoard(Elaboratable):
         m = Module()
         board, top = self._board, self._top
 
-        def pin(name: str, port, direction: str) -> io.Buffer:
+        def pin(name: str, port: Any, direction: str) -> io.Buffer:
             m.submodules[name] = buffer = io.Buffer(direction, port)
             return buffer
 

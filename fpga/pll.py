@@ -50,44 +50,45 @@ class _Pll(wiring.Component):
     DIVIDE: range
     FEEDBACK: range
     OUTPUT: range
+    FEEDBACK_FROM_OUTPUT: bool
+    """The oscillator is divided for the output before it is fed back."""
 
     def __init__(self, input_hz: int, output_hz: int):
+        self.input_hz, self.output_hz = input_hz, output_hz
+        self.setting = self.solve(input_hz, output_hz)
+        super().__init__({"i": In(1), "o": Out(1), "locked": Out(1)})
+
+    @classmethod
+    def solve(cls, input_hz: int, output_hz: int) -> Setting:
+        """The setting that makes ``output_hz`` exactly, or :class:`ValueError`."""
         for name, value in (("input_hz", input_hz), ("output_hz", output_hz)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer, 1 or more, not {value!r}")
-        self.input_hz, self.output_hz = input_hz, output_hz
-        settings = list(self._settings())
+        middle = sum(cls.OSCILLATOR) // 2
+        # The fastest phase detector has the least jitter; then the oscillator mid-range.
+        settings = sorted(
+            cls._settings(input_hz, output_hz),
+            key=lambda s: (s.divide, abs(output_hz * s.output - middle), s.output),
+        )
         if not settings:
             raise ValueError(
                 f"clock must be one that the PLL makes exactly from {input_hz / MHZ:g} MHz, "
                 f"not {output_hz / MHZ:g} MHz"
             )
-        # The fastest phase detector has the least jitter; then the oscillator mid-range.
-        middle = sum(self.OSCILLATOR) // 2
-        self.setting = min(
-            settings, key=lambda s: (s.divide, abs(self.oscillator_hz(s) - middle), s.output)
-        )
-        super().__init__({"i": In(1), "o": Out(1), "locked": Out(1)})
+        return settings[0]
 
-    def oscillator_hz(self, setting: Setting) -> int:
-        """Frequency of the oscillator, before the output's divider."""
-        return self.output_hz * setting.output
-
-    def _feedback(self, divide: int, output: int) -> Fraction:
-        """What the feedback divider has to be; whole if there is one."""
-        raise NotImplementedError
-
-    def _settings(self) -> Iterator[Setting]:
-        for divide in self.DIVIDE:
-            if not self.DETECTOR[0] <= Fraction(self.input_hz, divide) <= self.DETECTOR[1]:
+    @classmethod
+    def _settings(cls, input_hz: int, output_hz: int) -> Iterator[Setting]:
+        for divide in cls.DIVIDE:
+            if not cls.DETECTOR[0] <= Fraction(input_hz, divide) <= cls.DETECTOR[1]:
                 continue
-            for output in self.OUTPUT:
-                feedback = self._feedback(divide, output)
-                if feedback.denominator != 1 or int(feedback) not in self.FEEDBACK:
+            for output in cls.OUTPUT:
+                ratio = Fraction(output_hz * divide, input_hz)
+                feedback = ratio if cls.FEEDBACK_FROM_OUTPUT else ratio * output
+                if feedback.denominator != 1 or int(feedback) not in cls.FEEDBACK:
                     continue
-                setting = Setting(divide, int(feedback), output)
-                if self.OSCILLATOR[0] <= self.oscillator_hz(setting) <= self.OSCILLATOR[1]:
-                    yield setting
+                if cls.OSCILLATOR[0] <= output_hz * output <= cls.OSCILLATOR[1]:
+                    yield Setting(divide, int(feedback), output)
 
 
 class Ecp5Pll(_Pll):
@@ -99,9 +100,7 @@ class Ecp5Pll(_Pll):
     DIVIDE = range(1, 129)
     FEEDBACK = range(1, 81)
     OUTPUT = range(1, 129)
-
-    def _feedback(self, divide: int, output: int) -> Fraction:
-        return Fraction(self.output_hz * divide, self.input_hz)
+    FEEDBACK_FROM_OUTPUT = True
 
     def elaborate(self, platform):
         m = Module()
@@ -154,9 +153,7 @@ class Series7Pll(_Pll):
     DIVIDE = range(1, 57)
     FEEDBACK = range(2, 65)
     OUTPUT = range(1, 129)
-
-    def _feedback(self, divide: int, output: int) -> Fraction:
-        return Fraction(self.output_hz * output * divide, self.input_hz)
+    FEEDBACK_FROM_OUTPUT = False
 
     def elaborate(self, platform):
         m = Module()

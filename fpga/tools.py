@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -63,17 +64,24 @@ def version(tool: Tool) -> str:
     return lines[0].strip() if lines else "unknown version"
 
 
+def _cpu_seconds() -> float:
+    """Of all programs that this one has run to their end."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def run(
     tool: Tool, arguments: Sequence[str], *, folder: Path, log: Path, label: str
-) -> tuple[float, int]:
+) -> tuple[dict[str, float], int]:
     """Run a tool in ``folder``, append what it prints to ``log``, and say how long it took.
 
     Returns
     -------
-    seconds, status : tuple of float and int
+    seconds, status : tuple of dict and int
+        ``seconds`` has ``wall``, and ``cpu`` for what it took of a processor.
     """
     print(f"bitstream: {label} ... ", end="", flush=True)
-    start = time.monotonic()
+    start, before = time.monotonic(), _cpu_seconds()
     with open(log, "a") as file:
         file.write(f"$ {tool.path} {' '.join(arguments)}\n")
         file.flush()
@@ -88,6 +96,6 @@ def run(
         except OSError as error:
             print("failed", flush=True)
             raise ToolFailed(f"{tool.path}: {error.strerror or error}") from None
-    seconds = time.monotonic() - start
-    print(f"{seconds:.0f} s" if status == 0 else f"failed after {seconds:.0f} s", flush=True)
-    return seconds, status
+    wall = time.monotonic() - start
+    print(f"{wall:.0f} s" if status == 0 else f"failed after {wall:.0f} s", flush=True)
+    return {"wall": round(wall, 1), "cpu": round(_cpu_seconds() - before, 1)}, status
