@@ -39,13 +39,13 @@ sim: $(READY) ## replay a trace in Verilator against golden: TRACE= PRESET= TOKE
 		$(if $(TOKENS),--tokens '$(TOKENS)') $(if $(SEED),--seed '$(SEED)') \
 		$(if $(filter-out 0,$(WAVES)),--waves)
 
-test: $(READY) ## run every bench and test: PYTEST_ARGS= SEED=
+test: $(FPGA) ## run every bench and test: PYTEST_ARGS= SEED=
 	@$(RUN) -m pytest $(PYTEST_ARGS)
 
 lint: $(READY) ## ruff, mypy, and Verilator's lint of every preset's Verilog
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy golden/stmoe_golden hw/stmoe/board hw/stmoe/cli.py tb/lint_verilog.py
+	@$(BIN)/mypy golden/stmoe_golden hw/stmoe/board hw/stmoe/cli.py tb/lint_verilog.py fpga
 	@$(BIN)/python tb/lint_verilog.py
 
 bench: $(READY) ## measure the figures of docs/results.md

@@ -105,7 +105,7 @@ class Board:
         """Device, package and speed grade."""
         platform = self.platform
         if self.family == "ecp5":
-            return f"{platform.device}-{platform.speed}{platform.package}"
+            return f"{platform.device}-{platform.speed}{platform.package}{platform.grade}"
         return f"{platform.device}{platform.package}-{platform.speed}"
 
     @property

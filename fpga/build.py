@@ -31,7 +31,7 @@ from fpga.tools import ToolFailed, find
 from fpga.use import Use
 from stmoe_golden.config import PRESETS, ConfigError, preset
 
-__all__ = ["MEASURED", "fitting", "main", "measured"]
+__all__ = ["MEASURED", "main", "measured"]
 
 FAILED, BAD_INPUT, NO_BITSTREAM, INTERRUPTED = 1, 2, 3, 130
 
@@ -97,12 +97,6 @@ def measured(family: str) -> dict[str, Use]:
         for row in rows
         if row["family"] == family
     }
-
-
-def fitting(board: Board) -> list[str]:
-    """Presets of which the board top fits the board as measured, largest tables first."""
-    fits = [name for name, use in measured(board.family).items() if not use.excess(board)]
-    return sorted(fits, key=lambda name: PRESETS[name].table_bits, reverse=True)
 
 
 def _measure(names: list[str]) -> None:

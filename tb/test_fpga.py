@@ -27,7 +27,7 @@ from fpga import build
 from fpga.board import Board, BoardError, Capacity, all_boards, board_named
 from fpga.flow import NAME, Job
 from fpga.pll import Ecp5Pll, Series7Pll
-from fpga.use import Use, clocks_of_vivado, of_vivado, slacks_of_vivado
+from fpga.use import Use, clocks_of_vivado, of_vivado, of_yosys, slacks_of_vivado
 from stmoe_golden.config import PRESETS, preset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,16 +123,17 @@ def test_boards_are_listed_with_part_preset_and_capacity(
 
 @pytest.mark.parametrize("board", all_boards().values(), ids=all_boards())
 def test_default_preset_is_the_largest_that_was_measured_to_fit(board: Board) -> None:
-    fits = build.fitting(board)
-    assert fits, f"nothing was measured for {board.family}: python -m fpga.build measure"
-    assert board.default_preset == fits[0]
-
-
-@pytest.mark.parametrize("board", all_boards().values(), ids=all_boards())
-def test_every_preset_was_measured_or_has_too_large_tables(board: Board) -> None:
-    for name in set(PRESETS) - set(build.measured(board.family)):
-        with pytest.raises(BoardError, match="does not fit"):
-            board.check_tables(name, preset(name))
+    use = build.measured(board.family)
+    default = board.default_preset
+    assert use[default].excess(board) == "", "python -m fpga.build measure"
+    for name, config in PRESETS.items():
+        if config.table_bits <= PRESETS[default].table_bits:
+            continue
+        if name in use:
+            assert use[name].excess(board), f"{name} fits too"
+        else:
+            with pytest.raises(BoardError, match="does not fit"):
+                board.check_tables(name, config)
 
 
 def test_a_board_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +183,15 @@ def test_bad_input_is_one_line_and_status_2(
     assert bitstream(tmp_path / "out", *words) == 2
     assert says in one_line(capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_make_passes_its_settings_on() -> None:
+    command = ["make", "-n", "bitstream", "BOARD=ulx3s", "PRESET=tiny", "CLOCK=25", "SEED=3"]
+    inherited = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
+    run = subprocess.run(command, cwd=ROOT, env=inherited, capture_output=True, text=True)
+    shown = " ".join(run.stdout.replace("\\\n", " ").split())
+    assert "-m fpga.build bitstream --board 'ulx3s' --preset 'tiny'" in shown, run.stderr
+    assert "--clock '25' --seed '3'" in shown
 
 
 def test_board_refuses_a_preset_or_clock_that_there_is_not() -> None:
@@ -510,6 +520,13 @@ def test_vivados_reports_are_read_as_they_are_written(tmp_path: Path) -> None:
 # ECP5, with pip's tools ---------------------------------------------------------------------------
 
 
+def luts_of_nextpnr(project: Path) -> int:
+    """LUTs that nextpnr says it was given, before it packs them."""
+    match = re.search(r"Total LUT4s: +(\d+)/", (project / f"{NAME}.tim").read_text())
+    assert match
+    return int(match[1])
+
+
 def test_ulx3s_ends_in_a_bitstream_with_pips_tools_alone(
     small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -532,6 +549,9 @@ def test_ulx3s_ends_in_a_bitstream_with_pips_tools_alone(
     report = json.loads((small / "ulx3s" / "report.json").read_text())
     assert report["bitstream"] == "ulx3s.bit"
     assert report["clock_mhz"] == 100
+    project = small / "ulx3s" / "project"
+    use = of_yosys(project / f"{NAME}.stat.json", board_named("ulx3s"))
+    assert use.luts == luts_of_nextpnr(project)
 
 
 def test_ulx3s_makes_no_bitstream_where_timing_fails(
@@ -578,3 +598,7 @@ def test_the_board_top_itself_becomes_a_bitstream(tmp_path: Path) -> None:
     assert (tmp_path / "ulx3s" / report["bitstream"]).stat().st_size > 100_000
     (clock,) = (c for c in report["clocks"] if c["constraint"] == report["clock_mhz"])
     assert clock["met"] and report["use"]["luts"] > 5_000
+    # The board top has carries and distributed memory, which count as several LUTs.
+    project = tmp_path / "ulx3s" / "project"
+    use = of_yosys(project / f"{NAME}.stat.json", board_named("ulx3s"))
+    assert use.luts == luts_of_nextpnr(project)
