@@ -123,17 +123,23 @@ def test_boards_are_listed_with_part_preset_and_capacity(
 
 @pytest.mark.parametrize("board", all_boards().values(), ids=all_boards())
 def test_default_preset_is_the_largest_that_was_measured_to_fit(board: Board) -> None:
-    use = build.measured(board.family)
-    default = board.default_preset
-    assert use[default].excess(board) == "", "python -m fpga.build measure"
-    for name, config in PRESETS.items():
-        if config.table_bits <= PRESETS[default].table_bits:
+    use, default = build.measured(board.family), board.default_preset
+    size = PRESETS[default].table_bits
+    larger = [name for name, config in PRESETS.items() if config.table_bits > size]
+    open_ = []
+    for name in [default, *larger]:
+        try:
+            board.check_tables(name, preset(name))
+        except BoardError:
+            assert name != default
             continue
-        if name in use:
-            assert use[name].excess(board), f"{name} fits too"
+        if name not in use:
+            open_.append(name)
         else:
-            with pytest.raises(BoardError, match="does not fit"):
-                board.check_tables(name, config)
+            assert bool(use[name].excess(board)) == (name != default), name
+    if open_:
+        names = " ".join(open_)
+        pytest.skip(f"not measured on {board.family}: python -m fpga.build measure {names}")
 
 
 def test_a_board_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,13 +228,14 @@ def test_pll_makes_the_frequency_within_its_limits(
     kind: type[Ecp5Pll] | type[Series7Pll], megahertz: float
 ) -> None:
     source, wanted = 100_000_000, round(megahertz * 1e6)
-    divide, feedback, output = kind.solve(source, wanted)
-    # What the counters do: UG472 figure 3-2; for ECP5 the feedback is taken behind the output's.
-    behind = output if kind is Ecp5Pll else 1
-    oscillator = source / divide * feedback * behind
-    assert oscillator / output == wanted
+    settings = list(kind._settings(source, wanted))
+    assert kind.solve(source, wanted) in settings
     low, high = (400e6, 800e6) if kind is Ecp5Pll else (800e6, 1600e6)
-    assert low <= oscillator <= high
+    for divide, feedback, output in settings:
+        # What the counters do: UG472 figure 3-2; on ECP5 the feedback is taken behind the output's.
+        oscillator = source / divide * feedback * (output if kind is Ecp5Pll else 1)
+        assert oscillator / output == pytest.approx(wanted)
+        assert low <= round(oscillator) <= high
 
 
 @pytest.mark.parametrize("kind", [Ecp5Pll, Series7Pll])
