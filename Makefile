@@ -135,6 +135,6 @@ $(READY): pyproject.toml
 
 # What turns Verilog into a bitstream: only for what asks for it, since it is large.
 $(FPGA): $(READY)
-	$(call STEP,installing the FPGA tools (YoWASP: 300 MB in $(VENV)),$(PIP) --editable '.[fpga]',\
+	$(call STEP,installing the FPGA tools (YoWASP: 270 MB in $(VENV)),$(PIP) --editable '.[fpga]',\
 		pip could not install what the extra `fpga` in pyproject.toml lists: is PyPI within reach?)
 	@touch $(FPGA)

@@ -99,9 +99,7 @@ def _write_project(job: Job) -> list[str]:
 
 def _with_vivado(job: Job, vivado: Tool, arguments: list[str]) -> None:
     project = job.project
-    seconds, status = run(
-        vivado, arguments, folder=project, log=job.log, label="Vivado (some ten minutes)"
-    )
+    seconds, status = run(vivado, arguments, folder=project, log=job.log, label="Vivado")
     job.report["seconds"][vivado.name] = seconds
     timing = project / f"{NAME}_timing.rpt"
     placed = project / f"{NAME}_utilization_place.rpt"

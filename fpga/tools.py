@@ -108,5 +108,8 @@ def run(
             print("failed", flush=True)
             raise ToolFailed(f"{tool.path}: {error.strerror or error}") from None
     wall = time.monotonic() - start
+    if status < 0:
+        print("failed", flush=True)
+        raise ToolFailed(f"{tool.name} was ended by signal {-status} (out of memory?)")
     print(f"{wall:.0f} s" if status == 0 else f"failed after {wall:.0f} s", flush=True)
     return {"wall": round(wall, 1), "cpu": round(_cpu_seconds() - before, 1)}, status
