@@ -38,7 +38,7 @@ class HeadQueue(wiring.Component):
         if not isinstance(depth, int) or depth < 1:
             raise ValueError(f"depth must be 1 or more, not {depth!r}")
         # The LUT RAM is full with one word unused: then its two addresses differ.
-        self._others = 1 << (depth - 1).bit_length()
+        self._others = 1 << max(1, (depth - 1).bit_length())
         super().__init__(
             {
                 "i": In(stream.Signature(shape)),
@@ -53,22 +53,19 @@ class HeadQueue(wiring.Component):
         incoming = Value.cast(self.i.payload)
         replace = Signal()
         pushed = Signal()
-        if self._others == 1:
-            m.d.comb += [self.i.ready.eq(~self.o.valid), self.second_valid.eq(0)]
-        else:
-            m.submodules.others = others = Memory(shape=len(incoming), depth=self._others, init=[])
-            write, read = others.write_port(), others.read_port(domain="comb")
-            m.d.comb += [
-                self.i.ready.eq((write.addr + 1)[: len(write.addr)] != read.addr),
-                self.second_valid.eq(write.addr != read.addr),
-                Value.cast(self.second).eq(read.data),
-                write.data.eq(incoming),
-                write.en.eq(pushed),
-            ]
-            with m.If(pushed):
-                m.d.sync += write.addr.eq(write.addr + 1)
-            with m.If(replace & self.second_valid):
-                m.d.sync += read.addr.eq(read.addr + 1)
+        m.submodules.others = others = Memory(shape=len(incoming), depth=self._others, init=[])
+        write, read = others.write_port(), others.read_port(domain="comb")
+        m.d.comb += [
+            self.i.ready.eq((write.addr + 1)[: len(write.addr)] != read.addr),
+            self.second_valid.eq(write.addr != read.addr),
+            Value.cast(self.second).eq(read.data),
+            write.data.eq(incoming),
+            write.en.eq(pushed),
+        ]
+        with m.If(pushed):
+            m.d.sync += write.addr.eq(write.addr + 1)
+        with m.If(replace & self.second_valid):
+            m.d.sync += read.addr.eq(read.addr + 1)
         m.d.comb += [
             replace.eq(self.o.ready | ~self.o.valid),
             pushed.eq(self.i.valid & self.i.ready & (self.second_valid | ~replace)),
