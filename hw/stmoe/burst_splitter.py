@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
-from amaranth.lib import data, enum, stream, wiring
+from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
@@ -30,17 +30,19 @@ class BurstSplitter(wiring.Component):
     """Splits the load that is wanted into bursts and presents them one after the other.
 
     The scheduler says each cycle whose bursts come next (``wanted``) and whether one may be
-    presented (``allow``). The splitter follows at once: when another transfer is wanted, it
-    leaves the one it works on and later takes it up where it stopped, however often. Nothing is
-    presented for a transfer that is not wanted in that cycle.
+    presented (``room``, ``pause``). When another transfer is wanted the splitter leaves the one it
+    works on and later takes it up where it stopped, however often. Nothing is presented for a
+    transfer that is not wanted in the cycle before.
 
     A burst ends at the segment's end, at a 4 KiB boundary or after ``max_burst`` beats, whichever
     comes first. Bases and strides are multiples of a beat: their lower bits are ignored.
     A layer's rows may change only while none of its loads has bursts left to issue.
 
     Timing: a load that is started in cycle c with ``start_next`` has its address on the bus in
-    cycle c+3. The bursts of a segment follow each other every two cycles, a further segment costs
-    two more, a change to another transfer up to seven.
+    cycle c+3 when ``start_layer`` was the same in cycle c-1, else in c+4; unless in cycle c an
+    address may be presented or the segment table is read for another load. The bursts of a
+    segment follow each other every two cycles, a further segment costs three more, a change to
+    another transfer up to nine.
 
     Parameters
     ----------
@@ -56,19 +58,21 @@ class BurstSplitter(wiring.Component):
         With ``start``: it is the one that will be wanted in the next cycle.
     start_empty : :py:`Out(1)`
         Combinational from ``start_layer``: the layer has no beats.
-    restart, restart_transfer : :py:`In`
-        One cycle: this transfer begins again from the start.
+    begin : :py:`In(transfers)`
+        Transfers that are at their start: nothing of them has been presented.
     wanted_valid, wanted : :py:`In`
         Transfer whose bursts come next. It has bursts left.
-    allow : :py:`In(1)`
-        An address of ``wanted`` may be presented from the next cycle on.
+    room : :py:`In(1)`
+        One more burst of ``wanted`` may be on its way. Registers alone go into it.
+    pause : :py:`In(1)`
+        No address is presented in the next cycle that does not stand already.
     issued, issued_transfer : :py:`Out`
         The first cycle in which an address is presented, and whose. The next one follows two
         cycles later at the earliest, and sees what has been made of this one.
     issued_last : :py:`Out(1)`
         With ``issued``: it is the last burst of its load.
     ar : :py:`Out(stream.Signature(...))`
-        AXI read address, all registers' outputs.
+        AXI read address, all registers' outputs; the payload means nothing while not valid.
     """
 
     def __init__(self, config: EngineConfig):
@@ -83,11 +87,11 @@ class BurstSplitter(wiring.Component):
                 "start_expert": In(config.expert_bits),
                 "start_next": In(1),
                 "start_empty": Out(1),
-                "restart": In(1),
-                "restart_transfer": In(transfer),
+                "begin": In(config.transfers),
                 "wanted_valid": In(1),
                 "wanted": In(transfer),
-                "allow": In(1),
+                "room": In(1),
+                "pause": In(1),
                 "issued": Out(1),
                 "issued_transfer": Out(transfer),
                 "issued_last": Out(1),
@@ -103,22 +107,19 @@ class BurstSplitter(wiring.Component):
         page_bits = (PAGE_BYTES // config.beat_bytes - 1).bit_length()
         burst_bits = (config.max_burst - 1).bit_length()
 
-        # Segment table: rows in block RAM, except for the strides, which go on to a multiplier
-        # at once and so cannot wait for block RAM's slow output. Which rows have beats is in
-        # LUT RAM, so that the end of a load is known when its last address is presented, empty
-        # rows behind it or not.
+        # Segment table: rows in block RAM. Its output is slow, so it goes straight into registers,
+        # and from those to the multiplier. Which rows have beats is in LUT RAM, so that the end of
+        # a load is known when its last address is presented, empty rows behind it or not. `left`
+        # is one less than the beats.
         row_bits = config.layer_bits + (NUM_SEGMENTS - 1).bit_length()
         stride_bits = segment_layout(config)["stride"].width - beat_shift
         depth = NUM_SEGMENTS * config.num_layers
-        row_layout = data.StructLayout({"base": word_bits, "beats": config.offset_bits})
+        row_layout = data.StructLayout(
+            {"base": word_bits, "stride": stride_bits, "left": config.offset_bits}
+        )
         m.submodules.rows = rows = Memory(shape=row_layout, depth=depth, init=[])
         rows_write = rows.write_port()
         rows_read = rows.read_port()
-        m.submodules.strides = strides = Memory(
-            shape=unsigned(stride_bits), depth=depth, init=[], attrs={"ram_style": "distributed"}
-        )
-        strides_write = strides.write_port()
-        strides_read = strides.read_port()
         m.submodules.uses = uses = Memory(
             shape=unsigned(NUM_SEGMENTS), depth=config.num_layers, init=[]
         )
@@ -129,11 +130,9 @@ class BurstSplitter(wiring.Component):
             self.segment_write.ready.eq(1),
             rows_write.addr.eq(Cat(written.segment, written.layer)),
             rows_write.data.base.eq(written.value.base[beat_shift:]),
-            rows_write.data.beats.eq(written.value.beats),
+            rows_write.data.stride.eq(written.value.stride[beat_shift:]),
+            rows_write.data.left.eq(written.value.beats - 1),
             rows_write.en.eq(self.segment_write.valid),
-            strides_write.addr.eq(rows_write.addr),
-            strides_write.data.eq(written.value.stride[beat_shift:]),
-            strides_write.en.eq(rows_write.en),
             uses_write.addr.eq(written.layer),
             uses_write.data.eq((written.value.beats != 0).replicate(NUM_SEGMENTS)),
             uses_write.en.eq(
@@ -166,25 +165,21 @@ class BurstSplitter(wiring.Component):
         progress_read = progress.read_port(domain="comb")
         fresh = Signal(config.transfers)
 
-        # What the splitter works on. `word` counts beats from address 0; `left` is one less than
-        # the beats left in the segment; `segments` have not been begun.
-        class State(enum.Enum):
-            IDLE = 0
-            LOOK_UP = 1
-            ROW = 2
-            ISSUE = 3
-            ADVANCE = 4
-
-        state = Signal(State)
+        # What the splitter works on, and at most one of six things that it does: read what the
+        # transfer is and how far it has come; send the next row's address to the table; wait for
+        # the row; multiply; present an address; go on behind it. `word` counts beats from address
+        # 0; `left` is one less than the beats left in the segment; `segments` have not been begun.
+        working = Signal()
+        pick, look_up, wait_row = Signal(), Signal(), Signal()
+        multiply, present, advance = Signal(), Signal(), Signal()
         current = Signal(config.transfer_bits)
-        layer = Signal(config.layer_bits)
         expert = Signal(config.expert_bits)
         segments = Signal(NUM_SEGMENTS)
         word = Signal(word_bits)
         left = Signal(config.offset_bits)
         begins = Signal()
         base = Signal(word_bits)
-        low_bits = min(STRIDE_PART_BITS, stride_bits)
+        low_bits = STRIDE_PART_BITS
         product_low = Signal(low_bits + config.expert_bits)
         product_high = Signal(stride_bits - low_bits + config.expert_bits)
         segment_ends = Signal()
@@ -193,80 +188,98 @@ class BurstSplitter(wiring.Component):
         switch = Signal()
         issue = Signal()
         bypass = Signal()
-        picked_segments = Signal(NUM_SEGMENTS)
-        picked_within = Signal()
         m.d.comb += [
-            switch.eq((state == State.IDLE) | ~self.wanted_valid | (current != self.wanted)),
-            bypass.eq(self.start & self.start_next & ~issue),
+            switch.eq(~working | ~self.wanted_valid | (current != self.wanted)),
+            bypass.eq(self.start & self.start_next & ~look_up & ~(present & self.room)),
             loads_write.addr.eq(self.start_transfer),
             loads_write.data.layer.eq(self.start_layer),
             loads_write.data.expert.eq(self.start_expert),
             loads_write.data.segments.eq(uses_read.data),
             loads_write.en.eq(self.start),
-            loads_read.addr.eq(self.wanted),
-            progress_read.addr.eq(self.wanted),
-        ]
-        wanted_fresh = fresh.bit_select(self.wanted, 1)
-        m.d.comb += [
-            picked_within.eq(~wanted_fresh & progress_read.data.within),
-            picked_segments.eq(
-                Mux(wanted_fresh, loads_read.data.segments, progress_read.data.segments)
-            ),
+            loads_read.addr.eq(current),
+            progress_read.addr.eq(current),
         ]
 
-        # Next row to read: of the load that starts, else the next one of the load in hand.
+        # The table is read for the load in hand, or else for one that may start: in the cycle
+        # before it does, its row is on the way already.
         row_layer = Signal(config.layer_bits)
         row_segments = Signal(NUM_SEGMENTS)
         row_segment = Signal(range(NUM_SEGMENTS))
-        with m.If(self.start):
-            m.d.comb += [row_layer.eq(self.start_layer), row_segments.eq(uses_read.data)]
-        with m.Else():
-            m.d.comb += [row_layer.eq(layer), row_segments.eq(segments)]
+        m.d.comb += [
+            row_layer.eq(Mux(look_up, loads_read.data.layer, self.start_layer)),
+            row_segments.eq(Mux(look_up, segments, uses_read.data)),
+            rows_read.addr.eq(Cat(row_segment, row_layer)[:row_bits]),
+        ]
+        row = Signal(row_layout)
+        row_is_of = Signal(config.layer_bits)  # the row that the table puts out is its first
+        row_is_known = Signal()
+        m.d.sync += [
+            row.eq(rows_read.data),
+            row_is_of.eq(self.start_layer),
+            row_is_known.eq(~look_up & ~self.segment_write.valid),
+        ]
+        announced = row_is_known & (row_is_of == self.start_layer)
         for i in reversed(range(NUM_SEGMENTS)):
             with m.If(row_segments[i]):
                 m.d.comb += row_segment.eq(i)
+
+        # The first address of a segment: low part and high part at once, then the carry.
+        low = Signal(low_bits + 1)
+        high = Signal(word_bits - low_bits)
+        here = Signal(word_bits)
         m.d.comb += [
-            rows_read.addr.eq(Cat(row_segment, row_layer)[:row_bits]),
-            strides_read.addr.eq(rows_read.addr),
+            low.eq(base[:low_bits] + product_low[:low_bits]),
+            high.eq(base[low_bits:] + (product_low[low_bits:] + product_high) + low[-1]),
+            here.eq(Mux(begins, Cat(low[:-1], high), word)),
         ]
 
-        # Length of the burst, one less than its beats as AXI has it.
-        here = Signal(word_bits)
-        limit = Signal(burst_bits)
+        # Length of the burst, one less than its beats as AXI has it. In a page's last `max_burst`
+        # beats the page's end limits it. A segment ends in its first burst when left + low does
+        # not reach that end; of this sum, left + base has been made in the cycle before.
+        def limit_at(place):
+            in_last = place[burst_bits:page_bits].all()
+            return ~place[:burst_bits] | (~in_last).replicate(burst_bits)
+
+        short = Signal()  # the rest of the segment is not longer than `max_burst`
+        left_and_base = Signal(burst_bits + 1)
+        left_and_low = Signal(burst_bits + 2)
+        low_wraps = Signal()
+        first_fits = Signal()
         ends_segment = Signal()
         length = Signal(8)
         m.d.comb += [
-            here.eq(Mux(begins, base + product_low + (product_high << low_bits), word)),
-            limit.eq(
-                ~here[:burst_bits] | (~here[burst_bits:page_bits]).any().replicate(burst_bits)
+            short.eq(left[burst_bits:] == 0),
+            left_and_low.eq(left_and_base + product_low[:burst_bits]),
+            low_wraps.eq((base[:burst_bits] + product_low[:burst_bits])[burst_bits:]),
+            first_fits.eq(
+                ~low[burst_bits:page_bits].all() | (left_and_low[burst_bits:] == low_wraps)
             ),
-            ends_segment.eq(left <= limit),
-            length.eq(Mux(ends_segment, left, limit)),
-            issue.eq((state == State.ISSUE) & ~switch & ~self.ar.valid & self.allow),
+            ends_segment.eq(Mux(begins, short & first_fits, left <= limit_at(word))),
+            length.eq(Mux(ends_segment, left, limit_at(here))),
+            issue.eq(present & ~switch & ~self.ar.valid & self.room & ~self.pause),
         ]
-        with m.If(issue):
+        # The payload is taken while nothing stands, whether it will be presented or not: only
+        # `valid` waits for the decision.
+        with m.If(present & ~self.ar.valid):
             m.d.sync += [
-                self.ar.valid.eq(1),
                 self.ar.payload.id.eq(current),
                 self.ar.payload.addr.eq(here << beat_shift),
                 self.ar.payload.len.eq(length),
+                segment_ends.eq(ends_segment),
             ]
-        with m.Elif(self.ar.ready):
-            m.d.sync += self.ar.valid.eq(0)
+        m.d.sync += self.ar.valid.eq(issue | (self.ar.valid & ~self.ar.ready))
 
         # That it was the last burst is said one cycle later, off the path of the address.
         m.d.comb += [
             final.eq(segment_ends & (segments == 0)),
-            self.issued.eq(state == State.ADVANCE),
+            self.issued.eq(advance),
             self.issued_transfer.eq(current),
             self.issued_last.eq(final),
         ]
 
         advanced = Signal(progress_layout)
-        advance = Signal()
         m.d.comb += [
-            advance.eq(state == State.ADVANCE),
-            advanced.word.eq(word + self.ar.payload.len + 1),
+            advanced.word.eq(self.ar.payload.addr[beat_shift:] + self.ar.payload.len + 1),
             advanced.left.eq(left - self.ar.payload.len - 1),
             advanced.within.eq(~segment_ends),
             advanced.segments.eq(segments),
@@ -274,76 +287,71 @@ class BurstSplitter(wiring.Component):
             progress_write.data.eq(advanced),
             progress_write.en.eq(advance),
         ]
-        advance_here = Signal(config.transfers)
-        begin_here = Signal(config.transfers)
-        m.d.comb += [
-            advance_here.eq(Cat(advance & (current == t) for t in range(config.transfers))),
-            begin_here.eq(
-                Cat(
-                    self.start & (self.start_transfer == t)
-                    | self.restart & (self.restart_transfer == t)
-                    for t in range(config.transfers)
-                )
-            ),
-        ]
-        m.d.sync += fresh.eq((fresh & ~advance_here) | begin_here)
+        advance_here = Cat(advance & (current == t) for t in range(config.transfers))
+        m.d.sync += fresh.eq((fresh & ~advance_here) | self.begin)
 
+        # Next state. What one step needs of the step before is kept whether a switch comes or not.
+        picked = progress_read.data
+        picked_fresh = fresh.bit_select(current, 1)
+        with m.If(pick):
+            m.d.sync += [
+                expert.eq(loads_read.data.expert),
+                word.eq(picked.word),
+                left.eq(picked.left),
+                segments.eq(Mux(picked_fresh, loads_read.data.segments, picked.segments)),
+                begins.eq(0),
+            ]
+        with m.If(look_up):
+            m.d.sync += segments.eq(_without_lowest(segments))
+        with m.If(multiply):
+            m.d.sync += [
+                base.eq(row.base),
+                product_low.eq(row.stride[:low_bits] * expert),
+                product_high.eq(row.stride[low_bits:] * expert),
+                left.eq(row.left),
+                left_and_base.eq(row.left[:burst_bits] + row.base[:burst_bits]),
+                begins.eq(1),
+            ]
+        with m.If(advance):
+            m.d.sync += [word.eq(advanced.word), left.eq(advanced.left), begins.eq(0)]
+
+        m.d.sync += [
+            pick.eq(0),
+            look_up.eq(0),
+            wait_row.eq(0),
+            multiply.eq(0),
+            present.eq(0),
+            advance.eq(0),
+        ]
         with m.If(bypass):
             m.d.sync += [
-                state.eq(State.ROW),
+                working.eq(1),
+                wait_row.eq(~announced),
+                multiply.eq(announced),
                 current.eq(self.start_transfer),
-                layer.eq(self.start_layer),
                 expert.eq(self.start_expert),
                 segments.eq(_without_lowest(uses_read.data)),
             ]
         with m.Elif(switch):
             m.d.sync += [
+                working.eq(self.wanted_valid),
+                pick.eq(self.wanted_valid),
                 current.eq(self.wanted),
-                layer.eq(loads_read.data.layer),
-                expert.eq(loads_read.data.expert),
-                word.eq(progress_read.data.word),
-                left.eq(progress_read.data.left),
-                segments.eq(picked_segments),
-                begins.eq(0),
             ]
-            with m.If(~self.wanted_valid):
-                m.d.sync += state.eq(State.IDLE)
-            with m.Elif(picked_within):
-                m.d.sync += state.eq(State.ISSUE)
-            with m.Else():
-                m.d.sync += state.eq(State.LOOK_UP)
         with m.Else():
-            with m.Switch(state):
-                with m.Case(State.LOOK_UP):
-                    with m.If(~self.start):
-                        m.d.sync += [
-                            state.eq(State.ROW),
-                            segments.eq(_without_lowest(segments)),
-                        ]
-                with m.Case(State.ROW):
-                    row = rows_read.data
-                    stride = strides_read.data
-                    m.d.sync += [
-                        state.eq(State.ISSUE),
-                        begins.eq(1),
-                        base.eq(row.base),
-                        product_low.eq(stride[:low_bits] * expert),
-                        product_high.eq(stride[low_bits:] * expert),
-                        left.eq(row.beats - 1),
-                    ]
-                with m.Case(State.ISSUE):
-                    with m.If(issue):
-                        m.d.sync += [
-                            state.eq(State.ADVANCE),
-                            word.eq(here),
-                            segment_ends.eq(ends_segment),
-                        ]
-                with m.Case(State.ADVANCE):
-                    m.d.sync += [word.eq(advanced.word), left.eq(advanced.left), begins.eq(0)]
-                    with m.If(final):
-                        m.d.sync += state.eq(State.IDLE)
-                    with m.Elif(segment_ends):
-                        m.d.sync += state.eq(State.LOOK_UP)
-                    with m.Else():
-                        m.d.sync += state.eq(State.ISSUE)
+            m.d.sync += [
+                working.eq(~(advance & final)),
+                look_up.eq(
+                    (pick & (picked_fresh | ~picked.within)) | (advance & segment_ends & ~final)
+                ),
+                wait_row.eq(look_up),
+                multiply.eq(wait_row),
+                present.eq(
+                    (pick & ~picked_fresh & picked.within)
+                    | multiply
+                    | (present & ~issue)
+                    | (advance & ~segment_ends)
+                ),
+                advance.eq(issue),
+            ]
         return m

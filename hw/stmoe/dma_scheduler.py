@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Module, Mux, Signal, Value
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
-from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from stmoe_golden.config import EngineConfig
 
 from .burst_splitter import BurstSplitter
+from .head_queue import HeadQueue
 from .payloads import (
     CompletionStatus,
     axi4_read_signature,
@@ -56,9 +56,16 @@ def retry_record_layout(config: EngineConfig) -> data.StructLayout:
     return data.StructLayout({"valid": 1, "transfer": config.transfer_bits})
 
 
-def _one_hot(index: Value, count: int) -> Value:
-    """Bit ``index`` of ``count`` bits; none when ``index`` is not less than ``count``."""
-    return Cat(index == i for i in range(count))
+def _lowest(mask: Value) -> Value:
+    """The lowest set bit of ``mask`` alone."""
+    return Cat(mask[i] & ~mask[:i].any() for i in range(len(mask)))
+
+
+def _index(mask: Value) -> Value:
+    """Index of the lowest set bit of ``mask``; any when none is set."""
+    lowest = _lowest(mask)
+    bits = (len(mask) - 1).bit_length()
+    return Cat(Cat(lowest[i] for i in range(len(mask)) if i >> b & 1).any() for b in range(bits))
 
 
 class DmaScheduler(wiring.Component):
@@ -69,6 +76,10 @@ class DmaScheduler(wiring.Component):
     those of prefetches, demands in the order in which they became demands. The choice is made
     anew for every burst: a prefetch address that follows a demand is on the bus one cycle after
     the demand was taken, at the latest.
+
+    **Start.** What a load brings with it is taken while its transfer is the next one free, so only
+    the handshake itself comes from ``start.valid``; and the segment table is read for the layer on
+    ``start`` before the load is taken: that layer should stand there one cycle before.
 
     **End.** A transfer ends when it has no burst left to issue and no beat owed; its completion
     stands on ``completion`` three cycles later if none is before it. Transfers that end within a
@@ -107,30 +118,35 @@ class DmaScheduler(wiring.Component):
     -------
     start : :py:`In(stream.Signature(load_layout(config)))`
         A load that has a slot. Not taken while all transfers are in use, in a cycle with
-        ``promote``, and (a prefetch) while another prefetch has bursts left to issue. The beats
-        of its layer's segments together fit in the slot.
-        In cycle c, with nothing else that wants the bus: ``axi.ar.valid`` in cycle c+3.
+        ``promote`` or just before a load starts again, and (a prefetch) while another prefetch has
+        bursts left to issue. The beats of its layer's segments together fit in the slot.
+        Taken in cycle c, with nothing else that wants the bus: ``axi.ar.valid`` in cycle c+3 if
+        ``start.payload.layer`` was the same in cycle c-1 (``start.valid`` or not), else in c+4.
     start_transfer : :py:`Out(transfer_bits)`
-        Index that the load gets if it is taken in this cycle.
+        Index that the load gets if it is taken in this cycle; a register's output.
     promote, promote_transfer : :py:`In(1)`, :py:`In(transfer_bits)`
         One cycle: this transfer is a demand from the next cycle on. Its bursts on their way count
         as demand's. Without effect on one that is cancelled or has ended.
     cancel, cancel_transfer : :py:`In(1)`, :py:`In(transfer_bits)`
-        One cycle: see above. Ignored when ``cancel_late`` is high.
+        One cycle: see above. Ignored when ``cancel_late`` is high, so ``cancel`` need not wait
+        for it: better it does not, for ``cancel`` holds back the next address in any case.
     cancel_late : :py:`Out(1)`
         Combinational from ``cancel_transfer`` and ``fill.ready``.
     completion : :py:`Out(stream.Signature(completion_layout(config)))`
-        The index is free again when this is taken; after TIMEOUT only if ``dead``, and that of a
-        demand cancelled before it had issued all only when those before it have.
+        Registers' outputs. The index is free again when this is taken; after TIMEOUT only if
+        ``dead``, and that of a demand cancelled before it had issued all only when those before it
+        have.
     prefetch_ready : :py:`Out(1)`
         A prefetch may start: no prefetch has bursts left to issue or waits for a retry, a
         transfer is free, and fewer than ``prefetch_outstanding`` prefetch bursts are on their way.
+        A register's output, which rises up to two cycles late and falls in time.
     hold : :py:`In(1)`
         Present no new address from the next cycle on.
     segment_write : :py:`In(stream.Signature(segment_write_layout(config)))`
         See :class:`BurstSplitter`.
     axi : :py:`Out(axi4_read_signature(config))`
-        ``ar`` and ``r.ready`` are registers' outputs.
+        ``ar`` and ``r.ready`` are registers' outputs. A burst counts as on its way up to two
+        cycles longer than it is.
     fill : :py:`Out(stream.Signature(fill_layout(config)))`
         Every beat that is not discarded, one cycle after it was on the bus at the earliest.
         ``fill.valid`` and the payload are combinational from registers and LUT RAM.
@@ -177,110 +193,155 @@ class DmaScheduler(wiring.Component):
         count = config.transfers
         index_bits = config.transfer_bits
 
+        def here(index: Value, condition: Value) -> Value:
+            """Bit ``index`` of ``count`` bits, when ``condition``."""
+            return Cat((index == i) & condition for i in range(count))
+
+        def all_of(condition: Value) -> Value:
+            return condition.replicate(count)
+
         # One bit for each transfer ---
         used = Signal(count)  # from `start` until its completion is taken
-        ended = Signal(count)  # its completion is queued
+        live = Signal(count)  # from `start` until its completion is queued
         unissued = Signal(count)  # has bursts that have not been presented
         demand = Signal(count)
         cancelled = Signal(count)
         failed = Signal(count)  # a beat of this pass had an error
         may_retry = Signal(count)
-        given_up = Signal(count)  # TIMEOUT is still to be reported
+        given_up = Signal(count)  # by the watchdog
         lost = Signal(count)  # its ID has beats owed that may never come
         unfilled = Signal(count)  # no beat of this pass has come
 
         # Bursts on their way: presented, and last beat not yet taken.
         owed = [Signal(range(config.max_outstanding + 1), name=f"owed_{t}") for t in range(count)]
-        nothing_owed = Signal(count)
+        nothing_owed = Signal(count, init=-1)
         last_owed = Signal(count)
         outstanding = Signal(range(config.max_outstanding + 1))
         prefetch_outstanding = Signal(range(config.max_outstanding + 1))
-        m.d.comb += [
-            nothing_owed.eq(Cat(n == 0 for n in owed)),
-            last_owed.eq(Cat(n == 1 for n in owed)),
-        ]
+        m.d.comb += last_owed.eq(Cat(n == 1 for n in owed))
 
         expire = Signal()
+        disturbed = Signal()  # in the cycle before came a cancel, a promotion or the watchdog
+        m.d.sync += disturbed.eq(self.cancel | self.promote | expire)
         m.submodules.splitter = splitter = BurstSplitter(config)
         wiring.connect(m, splitter.segment_write, wiring.flipped(self.segment_write))
         wiring.connect(m, splitter.ar, wiring.flipped(self.axi.ar))
+
         # Demands in the order in which they became demands. One that has no bursts left, because
         # they are issued, it was cancelled or given up, leaves when it is the first; so long its
         # index is not used again, so that each index is in it at most once.
-        m.submodules.order = order = SyncFIFO(width=index_bits, depth=count)
+        m.submodules.order = order = HeadQueue(unsigned(index_bits), depth=count)
         ordered = Signal(count)  # transfers that are in it
+        first = order.o.payload
+        first_valid = order.o.valid
+        # It has bursts left. When they end, this is known one cycle late: the splitter cannot
+        # present any in that cycle, since it has finished or `disturbed` keeps it from it.
+        first_issues = Signal()
         join = Signal()
         joining = Signal(index_bits)
         leave = Signal()
-        first = Signal(index_bits)  # a register before the queue
-        first_valid = Signal()
-        first_issues = Signal()
         m.d.comb += [
-            first_issues.eq(unissued.bit_select(first, 1)),
             leave.eq(first_valid & ~first_issues),
-            order.r_en.eq(leave),
-            order.w_data.eq(joining),
-            order.w_en.eq(join & first_valid & ~(leave & ~order.r_rdy)),
+            order.o.ready.eq(leave),
+            order.i.valid.eq(join),
+            order.i.payload.eq(joining),
         ]
-        with m.If(leave | ~first_valid):
-            m.d.sync += [
-                first_valid.eq(join | order.r_rdy),
-                first.eq(Mux(order.r_rdy, order.r_data, joining)),
-            ]
-        prefetch_valid = Signal()  # a prefetch has bursts left to issue
+        with m.If(expire):
+            m.d.sync += first_issues.eq(0)
+        with m.Elif(first_valid & first_issues):
+            m.d.sync += first_issues.eq(unissued.bit_select(first, 1))
+        with m.Elif(order.second_valid):
+            m.d.sync += first_issues.eq(unissued.bit_select(order.second, 1))
+        with m.Else():
+            m.d.sync += first_issues.eq(join)
+        # A prefetch has bursts left to issue; that it has none any more is known as late.
+        prefetch_valid = Signal()
         prefetch = Signal(index_bits)
+        prefetch_issues = Signal()
+        m.d.comb += prefetch_issues.eq(prefetch_valid & unissued.bit_select(prefetch, 1))
 
         # Start ---
+        # `start_transfer` is looked for in the cycle before. What a load brings with it is taken
+        # in every cycle in which its transfer is the one that would start, so that it does not
+        # wait for the handshake.
         free = Signal(count)
-        free_valid = Signal()  # `start_transfer` is free; found in the cycle before
-        start_here = Signal(count)
+        free_valid = Signal()
+        next_here = Signal(count)  # bit `start_transfer`, if `free_valid`
+        retry_found = Signal()
         started = Signal()
         start_issues = Signal()
+        load = self.start.payload
         m.d.comb += [
-            free.eq(~used & ~ordered & (~lost | self.dead.replicate(count)) & ~start_here),
+            free.eq(~used & ~ordered & (~lost | all_of(self.dead)) & ~next_here),
             self.start.ready.eq(
                 free_valid
                 & ~expire
+                & ~retry_found
                 & ~self.promote
-                & ~(self.start.valid & self.start.payload.prefetch & prefetch_valid)
+                & ~(load.prefetch & prefetch_valid)
             ),
             started.eq(self.start.valid & self.start.ready),
-            start_here.eq(_one_hot(self.start_transfer, count) & started.replicate(count)),
             start_issues.eq(started & ~splitter.start_empty & ~self.dead),
         ]
-        m.d.sync += free_valid.eq(free.any())
-        for t in reversed(range(count)):
-            with m.If(free[t]):
-                m.d.sync += self.start_transfer.eq(t)
+        with m.If(started | ~free_valid):
+            m.d.sync += [
+                free_valid.eq(free.any()),
+                next_here.eq(_lowest(free)),
+                self.start_transfer.eq(_index(free)),
+            ]
         m.d.comb += [
             splitter.start.eq(started),
             splitter.start_transfer.eq(self.start_transfer),
-            splitter.start_layer.eq(self.start.payload.layer),
-            splitter.start_expert.eq(self.start.payload.expert),
-            splitter.start_next.eq(
-                start_issues & ~first_valid & ~(self.start.payload.prefetch & prefetch_valid)
-            ),
+            splitter.start_layer.eq(load.layer),
+            splitter.start_expert.eq(load.expert),
+            splitter.start_next.eq(start_issues & ~first_valid),
         ]
 
         # Beats ---
-        m.submodules.beats = beats = SkidBuffer(self.axi.r.payload.shape())
-        wiring.connect(m, beats.i, wiring.flipped(self.axi.r))
+        # What is decided by goes through registers, the data through two words of LUT RAM.
+        bus = self.axi.r
+        m.submodules.beats = beats = SkidBuffer(
+            data.StructLayout({"id": index_bits, "here": count, "error": 1, "last": 1})
+        )
         beat = beats.o.payload
-        beat_here = Signal(count)
+        m.submodules.words = words = Memory(
+            shape=config.axi_data_width, depth=2, init=[], attrs={"ram_style": "distributed"}
+        )
+        words_write = words.write_port()
+        words_read = words.read_port(domain="comb")
         taken = Signal()
         offered = Signal()  # `fill` has not taken it yet, so it must stay
+        opened = Signal()
+        last_taken = Signal()
+        m.d.comb += [
+            beats.i.valid.eq(bus.valid),
+            bus.ready.eq(beats.i.ready),
+            beats.i.payload.id.eq(bus.payload.id),
+            beats.i.payload.here.eq(here(bus.payload.id, Const(1))),
+            beats.i.payload.error.eq(bus.payload.resp[ERROR_RESPONSE_BIT]),
+            beats.i.payload.last.eq(bus.payload.last),
+            words_write.data.eq(bus.payload.data),
+            words_write.en.eq(bus.ready),
+            opened.eq((beat.here & ~nothing_owed & ~cancelled & ~lost).any() | offered),
+            self.fill.valid.eq(beats.o.valid & opened),
+            taken.eq(beats.o.valid & (self.fill.ready | ~opened)),
+            beats.o.ready.eq(taken),
+            self.discard.eq(beats.o.valid & ~opened),
+            last_taken.eq(taken & beat.last),
+        ]
+        m.d.sync += offered.eq(self.fill.valid & ~self.fill.ready)
+        with m.If(bus.valid & bus.ready):
+            m.d.sync += words_write.addr.eq(~words_write.addr)
+        with m.If(taken):
+            m.d.sync += words_read.addr.eq(~words_read.addr)
+        beat_here = Signal(count)
         last_here = Signal(count)
         error_here = Signal(count)
         m.d.comb += [
-            beat_here.eq(_one_hot(beat.id, count) & ~nothing_owed),
-            self.fill.valid.eq(beats.o.valid & ((beat_here & ~cancelled & ~lost).any() | offered)),
-            taken.eq(beats.o.valid & (self.fill.ready | ~self.fill.valid)),
-            beats.o.ready.eq(taken),
-            self.discard.eq(taken & ~self.fill.valid),
-            last_here.eq(beat_here & (taken & beat.last).replicate(count)),
-            error_here.eq(beat_here & (taken & beat.resp[ERROR_RESPONSE_BIT]).replicate(count)),
+            beat_here.eq(beat.here & ~nothing_owed & all_of(taken)),
+            last_here.eq(beat_here & all_of(beat.last)),
+            error_here.eq(beat_here & all_of(beat.error)),
         ]
-        m.d.sync += offered.eq(self.fill.valid & ~self.fill.ready)
 
         m.submodules.slots = slots = Memory(shape=config.slot_bits, depth=count, init=[])
         slots_write = slots.write_port()
@@ -290,174 +351,175 @@ class DmaScheduler(wiring.Component):
         offsets_read = offsets.read_port(domain="comb")
         m.d.comb += [
             slots_write.addr.eq(self.start_transfer),
-            slots_write.data.eq(self.start.payload.slot),
-            slots_write.en.eq(started),
+            slots_write.data.eq(load.slot),
+            slots_write.en.eq(free_valid),
             slots_read.addr.eq(beat.id),
             offsets_read.addr.eq(beat.id),
             offsets_write.addr.eq(beat.id),
             offsets_write.data.eq(self.fill.payload.offset + 1),
             offsets_write.en.eq(taken),
             self.fill.payload.slot.eq(slots_read.data),
-            self.fill.payload.offset.eq(Mux((unfilled & beat_here).any(), 0, offsets_read.data)),
-            self.fill.payload.data.eq(beat.data),
-        ]
-
-        # Cancel and promote ---
-        late = Signal(count)
-        cancel_here = Signal(count)
-        promote_here = Signal(count)
-        promote_issues = Signal()
-        issued_here = Signal(count)
-        finish_here = Signal(count)
-        ending = Signal(count)
-        m.d.comb += [
-            ending.eq(~unissued & (nothing_owed | (last_owed & last_here) | lost)),
-            late.eq(
-                ~used
-                | ended
-                | given_up
-                | (ending & ~cancelled & ~((failed | error_here) & may_retry))
-                | expire.replicate(count)
-            ),
-            self.cancel_late.eq(late.bit_select(self.cancel_transfer, 1)),
-            # Only `cancelled` looks at `late`: what is late has no bursts left in any case.
-            cancel_here.eq(_one_hot(self.cancel_transfer, count) & self.cancel.replicate(count)),
-            promote_here.eq(
-                _one_hot(self.promote_transfer, count)
-                & used
-                & ~ended
-                & ~given_up
-                & ~cancelled
-                & ~demand
-                & ~cancel_here
-                & (self.promote & ~expire).replicate(count)
-            ),
-            promote_issues.eq(prefetch_valid & (promote_here & _one_hot(prefetch, count)).any()),
-        ]
-
-        # Issue ---
-        m.d.comb += [
-            splitter.wanted_valid.eq(Mux(first_valid, first_issues, prefetch_valid)),
-            splitter.wanted.eq(Mux(first_valid, first, prefetch)),
-            splitter.allow.eq(
-                (outstanding != config.max_outstanding)
-                & (first_valid | (prefetch_outstanding < config.prefetch_outstanding))
-                & ~self.hold
-                & ~self.cancel
-                & ~expire
-            ),
-            issued_here.eq(
-                _one_hot(splitter.issued_transfer, count) & splitter.issued.replicate(count)
-            ),
-            finish_here.eq(issued_here & splitter.issued_last.replicate(count)),
+            self.fill.payload.offset.eq(Mux((unfilled & beat.here).any(), 0, offsets_read.data)),
+            self.fill.payload.data.eq(words_read.data),
         ]
 
         # End ---
+        # At its end a transfer either completes or starts again. One of each is looked for in
+        # one cycle and dealt with in the next. The one that completes cannot change any more.
         at_end = Signal(count)
         wants_retry = Signal(count)
-        chosen = Signal(index_bits)
-        chosen_here = Signal(count)
-        retries_here = Signal(count)
+        completes = Signal(count)
+        going = Signal(count)
         ends_here = Signal(count)
-        chosen_prefetch = Signal()
-        retry_blocked = Signal()
-        retrying = Signal()
+        ends = Signal()
+        ending = Signal(index_bits)
         m.d.comb += [
-            at_end.eq(used & ~ended & (given_up | (~unissued & (nothing_owed | lost)))),
-            wants_retry.eq(failed & may_retry & ~cancelled & ~given_up),
+            at_end.eq(live & ~unissued & (nothing_owed | lost)),
+            wants_retry.eq(failed & may_retry & ~cancelled),
+            completes.eq(at_end & ~wants_retry),
+            going.eq(live & ~completes),
         ]
-        # One is looked for in one cycle and dealt with in the next, if that is possible then.
-        candidates = Signal(count)
-        found = Signal()
-        m.d.comb += candidates.eq(
-            at_end & ~chosen_here & ~(wants_retry & ~demand & prefetch_valid.replicate(count))
-        )
-        m.d.sync += found.eq(candidates.any())
-        for t in reversed(range(count)):
-            with m.If(candidates[t]):
-                m.d.sync += chosen.eq(t)
-        chosen_retries = (chosen_here & wants_retry).any()
-        m.d.comb += [
-            chosen_here.eq(_one_hot(chosen, count) & found.replicate(count)),
-            chosen_prefetch.eq(~(chosen_here & demand).any()),
-            # One push into the demand order, one write of the retry count in a cycle.
-            retry_blocked.eq(
-                started | self.promote | self.cancel | expire | (chosen_prefetch & prefetch_valid)
-            ),
-            retrying.eq(chosen_retries & ~retry_blocked),
-            retries_here.eq(chosen_here & retrying.replicate(count)),
-            ends_here.eq(chosen_here & ~wants_retry),
+        to_end = Signal(count)
+        m.d.comb += to_end.eq(completes & ~ends_here)
+        m.d.sync += [
+            ends.eq(to_end.any()),
+            ends_here.eq(_lowest(to_end)),
+            ending.eq(_index(to_end)),
         ]
 
-        m.submodules.completions = completions = SyncFIFO(
-            width=completion_layout(config).size, depth=count
-        )
-        completed = Signal(completion_layout(config))
+        m.submodules.completions = completions = HeadQueue(completion_layout(config), depth=count)
         m.d.comb += [
-            completed.transfer.eq(chosen),
-            completions.w_data.eq(completed),
-            completions.w_en.eq(ends_here.any()),
-            self.completion.valid.eq(completions.r_rdy),
-            self.completion.payload.eq(completions.r_data),
-            completions.r_en.eq(self.completion.ready),
+            completions.i.valid.eq(ends),
+            completions.i.payload.transfer.eq(ending),
         ]
-        with m.If((chosen_here & given_up).any()):
-            m.d.comb += completed.status.eq(CompletionStatus.TIMEOUT)
-        with m.Elif((chosen_here & cancelled).any()):
-            m.d.comb += completed.status.eq(CompletionStatus.DRAINED)
-        with m.Elif((chosen_here & failed).any()):
-            m.d.comb += completed.status.eq(CompletionStatus.ERROR)
+        with m.If((ends_here & given_up).any()):
+            m.d.comb += completions.i.payload.status.eq(CompletionStatus.TIMEOUT)
+        with m.Elif((ends_here & cancelled).any()):
+            m.d.comb += completions.i.payload.status.eq(CompletionStatus.DRAINED)
+        with m.Elif((ends_here & failed).any()):
+            m.d.comb += completions.i.payload.status.eq(CompletionStatus.ERROR)
         with m.Else():
-            m.d.comb += completed.status.eq(CompletionStatus.DONE)
-        freed_here = Signal(count)
-        m.d.comb += freed_here.eq(
-            _one_hot(self.completion.payload.transfer, count)
-            & (self.completion.valid & self.completion.ready).replicate(count)
+            m.d.comb += completions.i.payload.status.eq(CompletionStatus.DONE)
+        wiring.connect(m, completions.o, wiring.flipped(self.completion))
+        freed_here = here(
+            self.completion.payload.transfer, self.completion.valid & self.completion.ready
         )
 
+        # Cancel and promote ---
+        # The beat that is taken in this cycle may be what a transfer waits for to complete.
+        completing = Signal(count)
+        promote_here = Signal(count)
+        promote_issues = Signal()
+        m.d.comb += [
+            completing.eq(
+                beat.here
+                & last_owed
+                & ~unissued
+                & ~cancelled
+                & ~((failed | all_of(beat.error)) & may_retry)
+            ),
+            self.cancel_late.eq(
+                ~going.bit_select(self.cancel_transfer, 1)
+                | (last_taken & completing.any() & (beat.id == self.cancel_transfer))
+                | expire
+            ),
+        ]
+        promotes = self.promote & ~expire
+        promotes &= ~(self.cancel & (self.cancel_transfer == self.promote_transfer))
+        m.d.comb += [
+            promote_here.eq(
+                here(self.promote_transfer, promotes) & live & ~lost & ~cancelled & ~demand
+            ),
+            promote_issues.eq(promotes & prefetch_issues & (self.promote_transfer == prefetch)),
+        ]
+        cancel_here = here(self.cancel_transfer, self.cancel)
+        # Only `cancelled` looks whether it is late: what is late has no bursts left in any case.
+        cancelled_here = Signal(count)
+        m.d.comb += cancelled_here.eq(
+            cancel_here & going & ~(completing & all_of(last_taken)) & all_of(~expire)
+        )
+
+        # Issue ---
+        # What is on its way may be counted too high for a cycle or two, never too low.
+        room = Signal()
+        prefetch_room = Signal()
+        issued_here = here(splitter.issued_transfer, splitter.issued)
+        finish_here = Signal(count)
+        m.d.comb += [
+            splitter.wanted_valid.eq(Mux(first_valid, first_issues, prefetch_valid)),
+            splitter.wanted.eq(Mux(first_valid, first, prefetch)),
+            splitter.room.eq(room & (first_valid | prefetch_room)),
+            splitter.pause.eq(self.hold | self.cancel | disturbed | expire),
+            finish_here.eq(here(splitter.issued_transfer, splitter.issued & splitter.issued_last)),
+        ]
+
+        # Retry ---
         retry_limit = config.retry_limit
+        to_retry = Signal(count)
+        retry_here = Signal(count)
+        retry = Signal(index_bits)
+        retry_demand = Signal()
+        retrying = Signal()
+        retries_here = Signal(count)
         last_retry = Signal()
         if retry_limit:
+            m.d.comb += [
+                to_retry.eq(
+                    at_end & wants_retry & ~retry_here & (demand | all_of(~prefetch_valid))
+                ),
+                retry_demand.eq((retry_here & demand).any()),
+                # One push into the demand order in a cycle; and what came since it was found may
+                # have changed it. It is found again then.
+                retrying.eq(
+                    retry_found
+                    & ~self.promote
+                    & ~self.cancel
+                    & ~expire
+                    & ~disturbed
+                    & (retry_demand | ~prefetch_valid)
+                ),
+                retries_here.eq(retry_here & all_of(retrying)),
+            ]
+            m.d.sync += [
+                retry_found.eq(to_retry.any()),
+                retry_here.eq(_lowest(to_retry)),
+                retry.eq(_index(to_retry)),
+            ]
             m.submodules.retries = retries = Memory(
                 shape=range(retry_limit + 1), depth=count, init=[]
             )
             retries_write = retries.write_port()
             retries_read = retries.read_port(domain="comb")
             m.d.comb += [
-                retries_read.addr.eq(chosen),
-                retries_write.addr.eq(Mux(started, self.start_transfer, chosen)),
-                retries_write.data.eq(Mux(started, 0, retries_read.data + 1)),
-                retries_write.en.eq(started | retrying),
+                retries_read.addr.eq(retry),
+                retries_write.addr.eq(Mux(retry_found, retry, self.start_transfer)),
+                retries_write.data.eq(Mux(retry_found, retries_read.data + 1, 0)),
+                retries_write.en.eq(Mux(retry_found, retrying, free_valid)),
                 last_retry.eq(retries_read.data == retry_limit - 1),
             ]
-        m.d.comb += [
-            splitter.restart.eq(retrying),
-            splitter.restart_transfer.eq(chosen),
-        ]
 
         # Who issues next ---
         m.d.comb += [
-            join.eq(
-                (start_issues & ~self.start.payload.prefetch)
-                | promote_issues
-                | (retrying & ~chosen_prefetch)
-            ),
+            splitter.begin.eq(next_here | retries_here),
+            join.eq((start_issues & ~load.prefetch) | promote_issues | (retrying & retry_demand)),
             joining.eq(
                 Mux(
-                    started,
-                    self.start_transfer,
-                    Mux(self.promote, self.promote_transfer, chosen),
+                    self.promote,
+                    self.promote_transfer,
+                    Mux(retry_found, retry, self.start_transfer),
                 )
             ),
         ]
-        with m.If(start_issues & self.start.payload.prefetch):
-            m.d.sync += [prefetch_valid.eq(1), prefetch.eq(self.start_transfer)]
-        with m.Elif(retrying & chosen_prefetch):
-            m.d.sync += [prefetch_valid.eq(1), prefetch.eq(chosen)]
-        with m.Elif(
-            ((finish_here | cancel_here | promote_here) & _one_hot(prefetch, count)).any() | expire
-        ):
+        with m.If(start_issues & load.prefetch):
+            m.d.sync += prefetch_valid.eq(1)
+        with m.Elif(retrying & ~retry_demand):
+            m.d.sync += prefetch_valid.eq(1)
+        with m.Elif(promote_issues | expire):
             m.d.sync += prefetch_valid.eq(0)
+        with m.Else():
+            m.d.sync += prefetch_valid.eq(prefetch_issues)
+        with m.If(~prefetch_valid):
+            m.d.sync += prefetch.eq(Mux(retry_found, retry, self.start_transfer))
 
         # Watchdog ---
         silence = Signal(range(config.watchdog_cycles))
@@ -473,99 +535,101 @@ class DmaScheduler(wiring.Component):
                 | self.axi.r.valid
                 | beats.o.valid
             ),
-            expired_here.eq(used & ~ended & ~(at_end & ~wants_retry) & expire.replicate(count)),
+            expired_here.eq(going & all_of(expire)),
         ]
         m.d.sync += [
             silence.eq(Mux(active, 0, silence + 1)),
             expire.eq(~active & (silence == config.watchdog_cycles - 1)),
         ]
-        with m.If(expire):
-            with m.If(
-                self.axi.ar.valid
-                | (lost | expired_here).all()
-                | (outstanding == config.max_outstanding)
-            ):
-                m.d.sync += self.dead.eq(1)
+        with m.If(expire & (self.axi.ar.valid | (outstanding == config.max_outstanding))):
+            m.d.sync += self.dead.eq(1)
+        with m.If(lost.all()):
+            m.d.sync += self.dead.eq(1)
 
         # Next state of every transfer ---
-        def update(flags, *, clear=0, set=0):
-            return flags.eq((flags & ~clear) | set)
-
-        all_dead = self.dead.replicate(count)
-        begins_here = start_here | retries_here
-        issues_here = start_here & start_issues.replicate(count)
-        retry_allowed = Signal(count)
-        m.d.comb += retry_allowed.eq(start_here & ~all_dead if retry_limit else 0)
         m.d.sync += [
-            update(used, clear=freed_here, set=start_here),
-            update(ended, clear=freed_here, set=ends_here),
-            update(
-                unissued,
-                clear=finish_here | cancel_here | expired_here,
-                set=issues_here | retries_here,
-            ),
-            update(
-                demand,
-                clear=start_here,
-                set=promote_here | (start_here & ~self.start.payload.prefetch.replicate(count)),
-            ),
-            update(cancelled, clear=start_here, set=cancel_here & ~late),
-            update(failed, clear=begins_here, set=error_here | (start_here & all_dead)),
-            update(
-                may_retry,
-                clear=start_here | (retries_here & last_retry.replicate(count)),
-                set=retry_allowed,
-            ),
-            update(
-                ordered,
-                clear=_one_hot(first, count) & leave.replicate(count),
-                set=_one_hot(joining, count) & join.replicate(count),
-            ),
-            update(given_up, clear=ends_here, set=expired_here),
-            update(lost, set=expired_here),
-            update(
-                unfilled,
-                clear=beat_here & taken.replicate(count),
-                set=begins_here,
-            ),
+            used.eq((used & ~freed_here) | (next_here & all_of(started))),
+            live.eq((live & ~ends_here) | (next_here & all_of(started))),
+            given_up.eq(~next_here & (given_up | expired_here)),
+            lost.eq(lost | expired_here),
+            cancelled.eq(~next_here & (cancelled | cancelled_here)),
+            unfilled.eq(next_here | retries_here | (unfilled & ~beat_here)),
+            ordered.eq((ordered & ~here(first, leave)) | here(joining, join)),
         ]
+        issues = ~splitter.start_empty & ~self.dead
+        for t in range(count):
+            with m.If(next_here[t]):
+                m.d.sync += [
+                    unissued[t].eq(issues),
+                    demand[t].eq(~load.prefetch),
+                    failed[t].eq(self.dead),
+                    may_retry[t].eq(~self.dead if retry_limit else 0),
+                ]
+            with m.Else():
+                m.d.sync += [
+                    unissued[t].eq(
+                        (unissued[t] | retries_here[t])
+                        & ~(finish_here[t] | cancel_here[t] | expire)
+                    ),
+                    demand[t].eq(demand[t] | promote_here[t]),
+                    failed[t].eq((failed[t] & ~retries_here[t]) | error_here[t]),
+                    may_retry[t].eq(may_retry[t] & ~(retries_here[t] & last_retry) & ~expire),
+                ]
         promoted = Signal(count)  # in the cycle before: its bursts still count as prefetch's
         m.d.sync += promoted.eq(promote_here)
         promoted_bursts = Signal(range(config.max_outstanding + 1))
         for t in range(count):
-            m.d.sync += owed[t].eq(owed[t] + issued_here[t] - last_here[t])
+            more, fewer = Signal(name=f"more_{t}"), Signal(name=f"fewer_{t}")
+            m.d.comb += [
+                more.eq(issued_here[t] & ~last_here[t]),
+                fewer.eq(~issued_here[t] & last_here[t]),
+            ]
+            m.d.sync += [
+                owed[t].eq(owed[t] + Cat(more | fewer, fewer.replicate(len(owed[t]) - 1))),
+                nothing_owed[t].eq((nothing_owed[t] & ~issued_here[t]) | (fewer & last_owed[t])),
+            ]
             with m.If(promoted[t]):
                 m.d.comb += promoted_bursts.eq(owed[t])
+
+        # Fewer are counted a cycle late.
+        issued_prefetch = Signal()
+        ended_burst, ended_prefetch = Signal(), Signal()
+        ended_promoted = Signal.like(promoted_bursts)
+        m.d.comb += issued_prefetch.eq(
+            splitter.issued & ~demand.bit_select(splitter.issued_transfer, 1)
+        )
         m.d.sync += [
-            outstanding.eq(outstanding + splitter.issued - last_here.any()),
+            ended_burst.eq(last_taken & (beat.here & ~nothing_owed).any()),
+            ended_prefetch.eq(last_taken & (beat.here & ~nothing_owed & ~demand).any()),
+            ended_promoted.eq(promoted_bursts),
+            outstanding.eq(outstanding + splitter.issued - ended_burst),
+            room.eq(outstanding + splitter.issued < config.max_outstanding),
             prefetch_outstanding.eq(
-                prefetch_outstanding
-                + (issued_here & ~demand).any()
-                - (last_here & ~demand).any()
-                - promoted_bursts
+                prefetch_outstanding + issued_prefetch - ended_prefetch - ended_promoted
             ),
-        ]
-        m.d.comb += [
-            self.busy.eq(used.any()),
+            prefetch_room.eq(prefetch_outstanding + issued_prefetch < config.prefetch_outstanding),
             self.prefetch_ready.eq(
                 ~prefetch_valid
                 & ~self.dead
+                & ~expire
                 & free_valid
+                & ~started
+                & ~retry_found
                 & ~(at_end & wants_retry & ~demand).any()
                 & (prefetch_outstanding < config.prefetch_outstanding)
             ),
         ]
+        m.d.comb += self.busy.eq(used.any())
 
         # Records ---
         bus_last = self.axi.r.payload.last
         bus_resp = self.axi.r.payload.resp
         bus_beat = self.axi.r.valid & self.axi.r.ready
-        bus_here = _one_hot(self.axi.r.payload.id, count)
         worst = [Signal(2, name=f"worst_{t}") for t in range(count)]
         before = Signal(2)
         worst_now = Signal(2)
         for t in range(count):
-            with m.If(bus_here[t]):
+            with m.If(beats.i.payload.here[t]):
                 m.d.comb += before.eq(worst[t])
                 with m.If(bus_beat):
                     m.d.sync += worst[t].eq(Mux(bus_last, 0, worst_now))
@@ -581,6 +645,6 @@ class DmaScheduler(wiring.Component):
             self.record_burst.addr.eq(ar.payload.addr),
             self.record_burst.len.eq(ar.payload.len),
             self.record_retry.valid.eq(retrying),
-            self.record_retry.transfer.eq(chosen),
+            self.record_retry.transfer.eq(retry),
         ]
         return m

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from amaranth.hdl import Module
-from amaranth.lib import fifo, stream, wiring
+from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from stmoe_golden.config import EngineConfig
 
+from .head_queue import HeadQueue
 from .payloads import selection_layout
 
 __all__ = ["PrefetchQueue"]
@@ -25,7 +26,7 @@ class PrefetchQueue(wiring.Component):
     i : In
         Picks of the selector; never blocks when the queue was flushed before a selection.
     o : Out
-        The next entry to start.
+        The next entry to start. ``o.payload`` is a register's output.
     flush : In
         While high, one entry a cycle is removed (``removed``) and none is offered.
     """
@@ -37,17 +38,14 @@ class PrefetchQueue(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        shape = self.i.payload.shape()
-        m.submodules.fifo = queue = fifo.SyncFIFO(
-            width=shape.size, depth=max(2, self.config.num_select)
+        m.submodules.queue = queue = HeadQueue(
+            self.i.payload.shape(), depth=max(2, self.config.num_select)
         )
+        wiring.connect(m, wiring.flipped(self.i), queue.i)
         m.d.comb += [
-            queue.w_data.eq(self.i.payload),
-            queue.w_en.eq(self.i.valid),
-            self.i.ready.eq(queue.w_rdy),
-            self.o.payload.eq(queue.r_data),
-            self.o.valid.eq(queue.r_rdy & ~self.flush),
-            self.removed.eq(queue.r_rdy & self.flush),
-            queue.r_en.eq(self.flush | self.o.ready),
+            self.o.payload.eq(queue.o.payload),
+            self.o.valid.eq(queue.o.valid & ~self.flush),
+            self.removed.eq(queue.o.valid & self.flush),
+            queue.o.ready.eq(self.flush | self.o.ready),
         ]
         return m

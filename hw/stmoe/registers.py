@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import reduce
 from operator import or_
 
-from amaranth.hdl import Array, Const, Module, Mux, Signal, Value, signed, unsigned
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, enum, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -32,20 +32,37 @@ SHADOW = ("CONTROL", "THRESHOLD", "QUOTA", "COMMIT")
 """Registers that a pending commit keeps as they are."""
 
 
-class CounterBank(wiring.Component):
-    """Event counters whose sums lie in one memory, so that each costs few flip-flops.
+def _small_counter(bits: int) -> tuple[list[int], tuple[int, ...]]:
+    """States of a shift register that counts, from 0 on, and the taps whose XNOR it shifts in.
 
-    Every counter has a small register that counts at once; a walker visits one counter a cycle,
-    in order, empties that register and adds it to the counter's sum. A round takes ``count``
-    cycles, which the small register is wide enough for, so no event is ever lost.
+    Its next state is one LUT a bit, without a carry. All ones follows itself and is no count.
+    """
+    taps = {3: (2, 1), 4: (3, 2), 5: (4, 2), 6: (5, 4), 7: (6, 5)}[bits]
+    states = [0]
+    while True:
+        last = states[-1]
+        bit = ~sum(last >> tap for tap in taps) & 1
+        state = (last << 1 | bit) & ((1 << bits) - 1)
+        if state == 0:
+            return states, taps
+        states.append(state)
+
+
+class CounterBank(wiring.Component):
+    """Event counters whose sums lie in one memory, so that each costs few LUTs.
+
+    Every counter has a small register that counts at once (a shift register with feedback, the
+    count in an order of its own); a walker visits one counter a cycle, in order, empties that
+    register and adds it to the counter's sum. A round takes ``count`` cycles, which the small
+    register is wide enough for, so no event is ever lost.
 
     A visit empties the register in one cycle (events of that very cycle belong to the next
-    visit) and puts the sum on ``value`` in the cycle after it.
+    visit) and puts the sum on ``value`` three cycles after it.
 
     Parameters
     ----------
     count : int
-        Counters, 2 or more.
+        Counters, 4 to 126: a sum is written before it is read again.
     width : int
         Bits of a sum; sums wrap.
 
@@ -56,20 +73,20 @@ class CounterBank(wiring.Component):
     index : :py:`In(range(count))`
         The counter that is read.
     valid : :py:`Out(1)`
-        ``value`` is counter ``index``. High one cycle in ``count``, from the second cycle after
-        reset on.
+        ``value`` is counter ``index``. High one cycle in ``count``, from the fourth cycle after
+        reset on; a register's output, which belongs to ``index`` as it was in the cycle before.
     value : :py:`Out(width)`
-        Holds every event up to two cycles before.
+        Holds every event up to four cycles before. A register's output.
     wrap : :py:`Out(1)`
         One cycle: a sum has just reached half of its range (its top bit rose).
     """
 
     def __init__(self, *, count: int, width: int = 32) -> None:
-        if not isinstance(count, int) or count < 2:
-            raise ValueError(f"count must be 2 or more, not {count!r}")
+        if not isinstance(count, int) or not 4 <= count <= 126:
+            raise ValueError(f"count must be 4 to 126, not {count!r}")
         self.count = count
-        # A visit leaves the events of its own cycle, and count - 1 cycles follow.
-        self.part_bits = count.bit_length()
+        # A visit leaves the events of its own cycle, and count - 1 cycles follow: 0 to count.
+        self.part_bits = (count + 1).bit_length()
         if not isinstance(width, int) or width <= self.part_bits:
             raise ValueError(f"width must be more than {self.part_bits}, not {width!r}")
         self.width = width
@@ -85,70 +102,105 @@ class CounterBank(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        m.submodules.sums = sums = memory.Memory(
-            shape=unsigned(self.width), depth=self.count, init=[]
-        )
-        read, write = sums.read_port(), sums.write_port()
+        count, part_bits = self.count, self.part_bits
+        m.submodules.sums = sums = memory.Memory(shape=unsigned(self.width), depth=count, init=[])
+        read, write = sums.read_port(domain="comb"), sums.write_port()
 
-        # First stage: the counter's sum is read and its part is taken.
-        visit = Signal(range(self.count))
-        first = Signal(init=1)
-        last_visit = visit == self.count - 1
-        m.d.sync += visit.eq(Mux(last_visit, 0, visit + 1))
-        with m.If(last_visit):
-            m.d.sync += first.eq(0)
-        m.d.comb += [read.addr.eq(visit), read.en.eq(1)]
-        parts = [Signal(self.part_bits, name=f"part{i}") for i in range(self.count)]
-        for i, part in enumerate(parts):
-            m.d.sync += part.eq(Mux(visit.matches(i), 0, part) + self.increment[i])
+        # First stage: the part of the counter that is visited is taken.
+        states, taps = _small_counter(part_bits)
+        here = Signal(count, init=1)
+        visit = Signal(range(count))
+        m.d.sync += [here.eq(here.rotate_left(1)), visit.eq(visit + 1)]
+        with m.If(here[-1]):
+            m.d.sync += visit.eq(0)
+        taken = Signal(part_bits)
+        parts = []
+        for i in range(count):
+            part = Signal(part_bits, name=f"part{i}")
+            shifted = Cat(~(part[taps[0]] ^ part[taps[1]]), part[:-1])
+            with m.If(here[i]):
+                m.d.sync += part.eq(Mux(self.increment[i], states[1], states[0]))
+            with m.Elif(self.increment[i]):
+                m.d.sync += part.eq(shifted)
+            parts.append(part & here[i].replicate(part_bits))
+        m.d.sync += taken.eq(reduce(or_, parts))
 
-        # Second stage: they are added. A reset does not clear a memory, so the first round after
-        # it takes every sum as 0.
-        part = Signal(self.part_bits)
-        added = Signal(range(self.count))
-        clear, active = Signal(), Signal()
+        # Second stage: its count, and its sum. A reset does not clear a memory, so the first round
+        # after it takes every sum as 0.
+        cleared = Signal()
+        with m.If(here[-1]):
+            m.d.sync += cleared.eq(1)
+        taken_of = Signal.like(visit)
+        taken_first = Signal(init=1)
+        taken_valid = Signal()
+        m.d.sync += [taken_of.eq(visit), taken_first.eq(~cleared), taken_valid.eq(1)]
+        part = Signal(part_bits)
+        decoded = Signal(part_bits)
+        with m.Switch(taken):
+            for number, state in enumerate(states):
+                with m.Case(state):
+                    m.d.comb += decoded.eq(number)
+        old = Signal(self.width)
+        added = Signal.like(visit)
+        active = Signal()
+        m.d.comb += read.addr.eq(taken_of)
         m.d.sync += [
-            part.eq(Array(parts)[visit]),
-            added.eq(visit),
-            clear.eq(first),
-            active.eq(1),
+            part.eq(decoded),
+            old.eq(read.data),
+            added.eq(taken_of),
+            active.eq(taken_valid),
         ]
-        old = Mux(clear, 0, read.data)
+        with m.If(taken_first):
+            m.d.sync += old.eq(0)
+
+        # Third stage: they are added.
+        new = Signal(self.width)
         m.d.comb += [
-            self.value.eq(old + part),
-            self.valid.eq(active & (added == self.index)),
-            self.wrap.eq(active & self.value[-1] & ~old[-1]),
+            new.eq(old + part),
             write.addr.eq(added),
-            write.data.eq(self.value),
+            write.data.eq(new),
             write.en.eq(active),
+        ]
+        m.d.sync += [
+            self.value.eq(new),
+            self.valid.eq(active & (added == self.index)),
+            self.wrap.eq(active & new[-1] & ~old[-1]),
         ]
         return m
 
 
-class _State(enum.Enum, shape=2):
+class _State(enum.Enum, shape=3):
     """What the one access in progress is doing."""
 
-    IDLE = 0
+    RESET = 0
+    """After reset: the shadow quotas are set, one a cycle."""
+    IDLE = 1
     """An access is chosen."""
-    FETCH = 1
+    DECODE = 2
+    """Its register is found."""
+    FETCH = 3
     """Its register is read; a counter may take a round of the bank."""
-    FINISH = 2
+    MERGE = 4
+    """A write: the bytes that are not strobed are kept."""
+    FINISH = 5
     """The address (and data) channel is taken, a write takes effect, the answer is given."""
-    CHECK = 3
+    CHECK = 6
     """A commit: the quotas are added up, one a cycle."""
 
 
 class Registers(wiring.Component):
     """The engine's registers: an AXI4-Lite subordinate for what ``register_map`` lists.
 
-    One access at a time, reads and writes in turn when both wait; an access takes 3 cycles, a
-    counter's read up to ``len(COUNTERS)`` more, a COMMIT ``num_layers + 2`` more. AW and W are
-    taken together, when the write takes effect. Both wait while a commit is pending if the write
-    is to a shadow register or to COMMIT; reads and other writes go on.
+    One access at a time, reads and writes in turn when both wait; from its address to its answer
+    a read takes 4 cycles, a write 5, a counter's read up to ``len(COUNTERS)`` more, a COMMIT
+    ``num_layers + 2`` more; the first after reset waits ``num_layers`` cycles. AW and W are taken
+    together, when the write takes effect. Both wait while a commit is pending if the write is to a
+    shadow register or to COMMIT; reads and other writes go on.
 
     **Commit.** ``commit_request`` rises only after the check of the shadow registers and stays
     until ``commit_grant``. In the cycle of the grant ``committed`` is high; from the next cycle
-    on all active values are the shadow values.
+    on all active values are the shadow values. The shadow quotas lie in LUT RAM; the check, which
+    reads them all, lays them beside the active ones, so that these change in one cycle.
 
     Parameters
     ----------
@@ -238,23 +290,16 @@ class Registers(wiring.Component):
 
         # The access in progress --------------------------------------------------------------
 
-        state = Signal(_State)
+        state = Signal(_State, init=_State.RESET)
         writing = Signal()
         address = Signal(self.addr_width - 2)  # of words
-        word = Signal(32)  # what FETCH has read; in CHECK, the next quota
-        merged = Signal(32)  # what a write makes of it
-        ones = Signal(32)  # bits that are strobed and 1
-        for i in range(4):
-            byte = slice(8 * i, 8 * i + 8)
-            new, strobe = axil.w.payload.data[byte], axil.w.payload.strb[i]
-            m.d.comb += [
-                merged[byte].eq(Mux(strobe, new, word[byte])),
-                ones[byte].eq(Mux(strobe, new, 0)),
-            ]
+        word = Signal(32)  # what FETCH has read, then what a write makes of it
+        data_in, strobes = axil.w.payload.data, axil.w.payload.strb
 
         hit: dict[str, Signal] = {}  # it is to this register, and to an element that exists
         index: dict[str, list[Value]] = {}
-        write: dict[str, Signal] = {}  # a write to it takes effect in this cycle
+        write: dict[str, Signal] = {}  # a legal write to it is in FINISH
+        legal = Signal()
         for name, register in table.items():
             index[name] = [
                 address[(d.stride // 4).bit_length() - 1 :][: (d.room - 1).bit_length()]
@@ -266,10 +311,21 @@ class Registers(wiring.Component):
                     exists &= i < d.count
             hit[name] = Signal(name=f"hit_{name.lower()}")
             write[name] = Signal(name=f"write_{name.lower()}")
-            m.d.comb += hit[name].eq(exists)
+            m.d.sync += [
+                hit[name].eq(exists),
+                write[name].eq((state == _State.MERGE) & hit[name] & legal),
+            ]
 
         def any_hit(names: Iterable[str]) -> Value:
             return reduce(or_, (hit[name] for name in names))
+
+        def store(value: Value, lsb: int, enable: Value) -> None:
+            """Take the strobed bytes of a write into ``value``, which begins at bit ``lsb``."""
+            for byte in range(4):
+                low, high = max(lsb, 8 * byte), min(lsb + len(value), 8 * byte + 8)
+                if low < high:
+                    with m.If(enable & strobes[byte]):
+                        m.d.sync += value[low - lsb : high - lsb].eq(data_in[low:high])
 
         # Registers that are no array, as the table says ---------------------------------------
 
@@ -292,87 +348,93 @@ class Registers(wiring.Component):
             ("IRQ_STATUS", "commit_refused"): refused,
         }
         shown: dict[str, Signal] = {}  # what a read returns
+        constants: dict[str, int] = {}  # of the registers that always read the same
         for name, register in table.items():
-            shown[name] = Signal(32, name=f"shown_{name.lower()}")
             if register.dims:
                 continue
+            if register.access is Access.RO and not any(name == of for of, _ in live):
+                constants[name] = register.reset
+                continue
+            shown[name] = Signal(32, name=f"shown_{name.lower()}")
             for field in register.fields:
                 bits = slice(field.lsb, field.lsb + field.width)
                 reset = (register.reset & field.mask) >> field.lsb
                 value: Value = Const(0, field.width)
                 if field.access is Access.RO:
-                    value = live.get((name, field.name), Const(reset, field.width))
+                    value = live[name, field.name]
                 elif field.access in (Access.RW, Access.W1C):
                     value = Signal(
                         field.width, init=reset, name=f"{name.lower()}_{field.name.lower()}"
                     )
-                    with m.If(write[name]):
-                        if field.access is Access.RW:
-                            m.d.sync += value.eq(merged[bits])
-                        else:
-                            m.d.sync += value.eq(value & ~ones[bits])
-                    if field.access is Access.W1C:
-                        with m.If(events[name, field.name]):
-                            m.d.sync += value.eq(1)
+                    if field.access is Access.RW:
+                        store(value, field.lsb, write[name])
+                    else:
+                        cleared = write[name] & strobes[field.lsb // 8] & data_in[field.lsb]
+                        m.d.sync += value.eq((value & ~cleared) | events[name, field.name])
                 m.d.comb += shown[name][bits].eq(value)
+        # They lie side by side, so the low bits of the address tell them apart.
+        constant = Signal(32)
+        place_bits = (len(constants) - 1).bit_length()
+        with m.Switch(address[:place_bits]):
+            for name, number in constants.items():
+                with m.Case(table[name].offset // 4 % (1 << place_bits)):
+                    m.d.comb += constant.eq(number)
 
         # Arrays --------------------------------------------------------------------------------
 
         # A quota that no commit accepts is kept as one more than the largest, to save bits.
         no_quota = config.num_experts + 1
-        shadow_quota = [
-            Signal(range(no_quota + 1), init=config.quota, name=f"shadow_quota{layer}")
-            for layer in range(config.num_layers)
+        m.submodules.shadow_quota = shadow_quota = memory.Memory(
+            shape=range(no_quota + 1), depth=config.num_layers, init=[]
+        )
+        quota_write, quota_read = shadow_quota.write_port(), shadow_quota.read_port(domain="comb")
+        scan = Signal(range(config.num_layers + 2))  # the layer that an access means, else a walk
+        m.d.comb += [
+            quota_read.addr.eq(scan),
+            quota_write.addr.eq(scan),
+            quota_write.data.eq(
+                Mux(
+                    state == _State.RESET,
+                    config.quota,
+                    Mux(word > config.num_experts, no_quota, word),
+                )
+            ),
+            quota_write.en.eq((state == _State.RESET) | write["QUOTA"]),
         ]
-        check_index = Signal(range(config.num_layers + 2))
-        quota_index = Mux(state == _State.CHECK, check_index, index["QUOTA"][0])
-        with m.If(write["QUOTA"]):
-            m.d.sync += Array(shadow_quota)[index["QUOTA"][0][: config.layer_bits]].eq(
-                Mux(merged > config.num_experts, no_quota, merged)
-            )
 
         stage = self.segment_write.payload
-        beats_bad = merged > config.expert_bytes // config.beat_bytes
-        base_low = len(stage.value.base[:32])
-        kept = {n: merged & table[n].mask(Access.WO) for n in table if n.startswith("SEGMENT_")}
-        with m.If(write["SEGMENT_BASE_LOW"]):
-            m.d.sync += stage.value.base[:base_low].eq(kept["SEGMENT_BASE_LOW"])
-        with m.If(write["SEGMENT_BASE_HIGH"]):
-            m.d.sync += stage.value.base[base_low:].eq(kept["SEGMENT_BASE_HIGH"])
-        with m.If(write["SEGMENT_STRIDE"]):
-            m.d.sync += stage.value.stride.eq(kept["SEGMENT_STRIDE"])
+        base_low, base_high = stage.value.base[:32], stage.value.base[32:]
+        kept = [name for name in table if name.startswith("SEGMENT_")]
+        for name, part in (
+            ("SEGMENT_BASE_LOW", base_low),
+            ("SEGMENT_BASE_HIGH", base_high),
+            ("SEGMENT_STRIDE", stage.value.stride),
+        ):
+            for field in table[name].fields:
+                store(part[field.lsb : field.lsb + field.width], field.lsb, write[name])
+        beats_bad = Signal()
+        m.d.comb += beats_bad.eq(
+            hit["SEGMENT_BEATS"] & (word > config.expert_bytes // config.beat_bytes)
+        )
         with m.If(self.segment_write.ready):
             m.d.sync += self.segment_write.valid.eq(0)
-        with m.If(write["SEGMENT_BEATS"] & axil.w.payload.strb.any()):
+        with m.If(write["SEGMENT_BEATS"] & ~beats_bad & strobes.any()):
             layer, part = index["SEGMENT_BEATS"]
             m.d.sync += [
                 stage.layer.eq(layer),
                 stage.segment.eq(part),
-                stage.value.beats.eq(merged),
+                stage.value.beats.eq(word),
                 self.segment_write.valid.eq(1),
             ]
 
-        m.d.comb += [
-            counters.index.eq(index["COUNTER"][0]),
-            shown["COUNTER"].eq(counters.value),
-            shown["QUOTA"].eq(Array(shadow_quota)[quota_index]),
-            shown["SEGMENT_BASE_LOW"].eq(stage.value.base[:base_low]),
-            shown["SEGMENT_BASE_HIGH"].eq(stage.value.base[base_low:]),
-            shown["SEGMENT_STRIDE"].eq(stage.value.stride),
-            shown["SEGMENT_BEATS"].eq(stage.value.beats),
-        ]
+        m.d.comb += counters.index.eq(index["COUNTER"][0])
+        shown["COUNTER"] = counters.value
+        shown["QUOTA"] = quota_read.data
+        # Write only, but a write may keep some of its bytes.
+        shown["SEGMENT_BEATS"] = stage.value.beats
 
         # The bus -------------------------------------------------------------------------------
 
-        legal = Signal()
-        m.d.comb += legal.eq(
-            Mux(
-                writing,
-                any_hit(n for n in table if table[n].writable)
-                & ~(hit["SEGMENT_BEATS"] & beats_bad),
-                any_hit(n for n in table if table[n].readable),
-            )
-        )
         held = Signal()
         m.d.comb += held.eq(
             writing
@@ -381,11 +443,21 @@ class Registers(wiring.Component):
         # K and the quotas so far; cannot overflow, as no shadow quota exceeds no_quota.
         most = config.top_k + config.num_layers * no_quota
         total = Signal(range(max(most, config.num_slots + 1) + 1))
+        addend = Signal(range(no_quota + 1))
         quota_bad = Signal()
+        next_quota = Signal.like(self.quota)
         answer_write, answer_read = Signal(), Signal()
         want_write = axil.aw.valid & axil.w.valid & ~axil.b.valid
         want_read = axil.ar.valid & ~axil.r.valid
+        # A counter's value may lack the events of up to four cycles, so it is not the first that
+        # is taken in FETCH.
+        fetched = Signal()
+        m.d.sync += fetched.eq(state == _State.FETCH)
         with m.Switch(state):
+            with m.Case(_State.RESET):
+                m.d.sync += scan.eq(scan + 1)
+                with m.If(scan == config.num_layers - 1):
+                    m.d.sync += state.eq(_State.IDLE)
             with m.Case(_State.IDLE):
                 # In turn when both wait; a write that is held has had its turn.
                 turn = want_write & (~want_read | ~writing)
@@ -394,15 +466,35 @@ class Registers(wiring.Component):
                     address.eq(Mux(turn, axil.aw.payload, axil.ar.payload)[2:]),
                 ]
                 with m.If(want_write | want_read):
-                    m.d.sync += state.eq(_State.FETCH)
+                    m.d.sync += state.eq(_State.DECODE)
+            with m.Case(_State.DECODE):
+                m.d.sync += [scan.eq(index["QUOTA"][0]), state.eq(_State.FETCH)]
             with m.Case(_State.FETCH):
-                m.d.sync += word.eq(reduce(or_, (Mux(hit[name], shown[name], 0) for name in table)))
+                constant_hit = any_hit(constants)
+                m.d.sync += [
+                    word.eq(
+                        reduce(or_, (Mux(hit[name], value, 0) for name, value in shown.items()))
+                        | Mux(constant_hit, constant, 0)
+                    ),
+                    legal.eq(
+                        Mux(
+                            writing,
+                            any_hit(n for n in table if table[n].writable),
+                            any_hit(n for n in table if table[n].readable),
+                        )
+                    ),
+                ]
                 with m.If(held):
                     m.d.sync += state.eq(_State.IDLE)
-                with m.Elif(writing | ~hit["COUNTER"] | counters.valid):
+                with m.Elif(writing):
+                    m.d.sync += state.eq(_State.MERGE)
+                with m.Elif(~hit["COUNTER"] | (counters.valid & fetched)):
                     m.d.sync += state.eq(_State.FINISH)
                 with m.If(~writing & hit["CYCLE_LOW"]):
                     m.d.sync += cycle_high.eq(self.cycle[32:])
+            with m.Case(_State.MERGE):
+                store(word, 0, Const(1))
+                m.d.sync += state.eq(_State.FINISH)
             with m.Case(_State.FINISH):
                 m.d.sync += state.eq(_State.IDLE)
                 m.d.comb += [
@@ -412,26 +504,28 @@ class Registers(wiring.Component):
                     answer_write.eq(writing),
                     answer_read.eq(~writing),
                 ]
-                for name in table:
-                    m.d.comb += write[name].eq(writing & hit[name] & legal)
-                with m.If(write["COMMIT"] & ones[0]):
+                with m.If(write["COMMIT"] & strobes[0] & data_in[0]):
                     m.d.comb += answer_write.eq(0)
-                    m.d.sync += [
-                        state.eq(_State.CHECK),
-                        check_index.eq(0),
-                        total.eq(config.top_k),
-                        quota_bad.eq(0),
-                    ]
+                    m.d.sync += state.eq(_State.CHECK)
+                m.d.sync += [scan.eq(0), total.eq(config.top_k), quota_bad.eq(0)]
             with m.Case(_State.CHECK):
-                m.d.sync += [check_index.eq(check_index + 1), word.eq(shown["QUOTA"])]
-                with m.If(check_index == config.num_layers + 1):
+                m.d.sync += [scan.eq(scan + 1), addend.eq(quota_read.data)]
+                with m.If(scan < config.num_layers):
+                    # The first layer's comes first, and is at the end when all have come.
+                    m.d.sync += [
+                        next_quota.as_value().eq(
+                            Cat(next_quota.as_value()[quota_bits(config) :], quota_read.data)[
+                                : len(next_quota.as_value())
+                            ]
+                        )
+                    ]
+                with m.If(scan == config.num_layers + 1):
                     m.d.comb += [
                         answer_write.eq(1),
                         refused.eq(quota_bad | threshold_bad | (total > config.num_slots)),
                     ]
                     m.d.sync += [state.eq(_State.IDLE), self.commit_request.eq(~refused)]
-                with m.Elif(check_index != 0):
-                    addend = word[: len(shadow_quota[0])]
+                with m.Elif(scan != 0):
                     m.d.sync += total.eq(total + addend)
                     with m.If(addend == no_quota):
                         m.d.sync += quota_bad.eq(1)
@@ -440,10 +534,9 @@ class Registers(wiring.Component):
             m.d.sync += axil.b.valid.eq(0)
         with m.If(answer_write):
             # A commit is answered OKAY also when it is refused.
-            checked = state == _State.CHECK
             m.d.sync += [
                 axil.b.valid.eq(1),
-                axil.b.payload.eq(Mux(legal | checked, OKAY, SLVERR)),
+                axil.b.payload.eq(Mux(legal & ~beats_bad, OKAY, SLVERR)),
             ]
         with m.If(axil.r.ready):
             m.d.sync += axil.r.valid.eq(0)
@@ -459,10 +552,12 @@ class Registers(wiring.Component):
         threshold = shown["THRESHOLD"]
         sign = threshold[config.score_bits - 1 :]
         next_threshold = threshold[: config.score_bits].as_signed()
+        threshold_differs = Signal()
+        m.d.sync += threshold_differs.eq(next_threshold != self.threshold)
         m.d.comb += [
             threshold_bad.eq(~(sign.all() | ~sign.any())),
             self.committed.eq(self.commit_request & self.commit_grant),
-            self.threshold_changed.eq(self.committed & (next_threshold != self.threshold)),
+            self.threshold_changed.eq(self.committed & threshold_differs),
             self.irq.eq((shown["IRQ_STATUS"] & shown["IRQ_ENABLE"]).any()),
         ]
         with m.If(self.committed):
@@ -472,6 +567,6 @@ class Registers(wiring.Component):
                 self.learning.eq(shown["CONTROL"][1]),
                 self.ordered.eq(shown["CONTROL"][2]),
                 self.threshold.eq(next_threshold),
+                self.quota.eq(next_quota),
             ]
-            m.d.sync += [self.quota[layer].eq(shadow) for layer, shadow in enumerate(shadow_quota)]
         return m
