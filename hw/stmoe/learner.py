@@ -71,14 +71,16 @@ class RowUpdate(wiring.Component):
         highest = (1 << (width - 1)) - 1
         for e in range(self.lanes):
             total = Signal(signed(width + 1), name=f"total_{e}")
-            # A reset of the domain would take the place of the saturating ones.
-            bounded = Signal(signed(width), name=f"bounded_{e}", reset_less=True)
-            result = Signal(signed(width), name=f"result_{e}", reset_less=True)
+            # A reset of the domain would take the place of the saturating ones, and flip-flops
+            # of an ECP5 start with the value to which they are reset.
+            lowest = -highest - 1
+            bounded = Signal(signed(width), name=f"bounded_{e}", init=lowest, reset_less=True)
+            result = Signal(signed(width), name=f"result_{e}", init=highest, reset_less=True)
             too_high = Signal(name=f"too_high_{e}", reset_less=True)
             m.d.comb += [total.eq(self.i[e] + self.delta[e]), self.o[e].eq(result)]
             m.d.sync += too_high.eq(~total[width] & total[width - 1])
             with m.If(total[width] & ~total[width - 1]):
-                m.d.sync += bounded.eq(-highest - 1)
+                m.d.sync += bounded.eq(lowest)
             with m.Else():
                 m.d.sync += bounded.eq(total[:width])
             with m.If(too_high):
@@ -162,15 +164,14 @@ class Learner(wiring.Component):
 
             count = self.use[e]
             share, rest = count[USE_DECAY:], count[:USE_DECAY]
-            # count - (count >> 5), + 32 if used, with one adder: the carry below its lowest bit
-            # takes the 1 of a small count off, and keeps the largest count where it is.
-            stay = Signal(name=f"stay_{e}")
+            # count - (count >> 5), and - 992 (+ 32, modulo 1024) if used, with one
+            # subtraction: the borrow below its lowest bit takes the 1 off a small count that is
+            # not nothing, and the 1 that a used count of 1023 would become too much.
+            borrow = Signal(name=f"borrow_{e}")
             total = Signal(USE_BITS + 1, name=f"use_total_{e}")
             m.d.comb += [
-                stay.eq(Mux(share.any(), ~(used & count.all()), ~rest.any())),
-                total.eq(
-                    Cat(1, count) + Cat(stay, ~share, (~used).replicate(USE_BITS - len(share)))
-                ),
+                borrow.eq(Mux(share.any(), used & count.all(), rest.any())),
+                total.eq(Cat(0, count) - Cat(borrow, share, used.replicate(USE_BITS - len(share)))),
             ]
             with m.If(self.enable):
                 m.d.sync += self.use_next[e].eq(total[1:])
@@ -191,6 +192,12 @@ class Learner(wiring.Component):
         if limit - 1 == ~lowest:
             return used | ~(~graded[-1] & graded[:-1].all())
         zeros = min((limit & -limit).bit_length() - 1 if limit else bits - 1, bits - 1)
-        upper = graded[zeros:].as_signed()
-        ones = ~used & graded[:zeros].all() if zeros else ~used
-        return (upper < (limit >> zeros) - 1) | ((upper == (limit >> zeros) - 1) & ~ones)
+        upper = graded[zeros:]
+        last = (limit >> zeros) - 1  # as the upper bits of limit - 1
+        ones = ~used & graded[:zeros].all()
+        # Bit by bit from the lowest, as logic: a carry chain for each would be larger.
+        below = ~ones
+        for n, bit in enumerate(upper):
+            flip = n == len(upper) - 1  # the sign counts the other way round
+            below = (~bit ^ flip) | below if (last >> n & 1) ^ flip else (~bit ^ flip) & below
+        return below

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Module, Mux, Signal, signed
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -18,12 +18,13 @@ __all__ = ["Selector"]
 class _Node:
     """One register of the tournament: the best candidate left in its subtree.
 
-    ``valid``: it holds one. ``over``: nothing is left below. Neither: it is being refilled.
-    ``take`` is set combinationally by the node above in the cycle in which it takes the candidate.
+    ``ready``: it has been filled, with a candidate if ``valid``, else nothing is left below.
+    ``take`` is set combinationally by the node above in the cycle in which it takes what is here;
+    a node then fills itself again. (That one of two exhausted children is taken does no harm.)
     """
 
-    def __init__(self, name, score, lane, valid, over):
-        self.score, self.lane, self.valid, self.over = score, lane, valid, over
+    def __init__(self, name, score, lane, valid, ready):
+        self.score, self.lane, self.valid, self.ready = score, lane, valid, ready
         self.take = Signal(name=f"{name}_take")
 
 
@@ -91,7 +92,7 @@ class Selector(wiring.Component):
         for e in range(c.num_experts):
             score = Signal(signed(c.score_bits), name=f"leaf_{e}_score")
             valid = Signal(name=f"leaf_{e}_valid")
-            leaf = _Node(f"leaf_{e}", score, e, valid, ~valid)
+            leaf = _Node(f"leaf_{e}", score, e, valid, Const(1))
             with m.If(leaf.take):
                 m.d.sync += valid.eq(0)
             with m.If(self.start):
@@ -119,8 +120,8 @@ class Selector(wiring.Component):
         m.d.comb += [
             passes.eq(root.valid & (root.score >= threshold) & ~full),
             # Only once the tree has settled on a best candidate or on none.
-            ended.eq(full | (root.valid & ~passes) | root.over),
-            root.take.eq(running & passes & (~waiting | (self.o.ready & ~self.hold))),
+            ended.eq(full | (root.ready & ~passes)),
+            root.take.eq(running & root.ready & passes & (~waiting | (self.o.ready & ~self.hold))),
             self.o.payload.eq(payload),
             self.o.valid.eq(waiting & ~self.hold),
             self.over.eq(running & ended & ~waiting & ~self.hold),
@@ -151,27 +152,29 @@ class Selector(wiring.Component):
         score = Signal(signed(self.config.score_bits), name=f"{name}_score")
         lane = Signal(range(max(2, self.config.num_experts)), name=f"{name}_lane")
         valid = Signal(name=f"{name}_valid")
-        over = Signal(name=f"{name}_over")
-        node = _Node(name, score, lane, valid, over)
-        settled = Signal(name=f"{name}_settled")
+        ready = Signal(name=f"{name}_ready")
+        node = _Node(name, score, lane, valid, ready)
         higher = Signal(name=f"{name}_higher")
         refill = Signal(name=f"{name}_refill")
+        # One unsigned comparison: an exhausted child is below all others, and signs, which count
+        # the other way round, stand in each other's place. It is a "less than", the borrow of one
+        # subtraction: Yosys makes an equality comparison as well for a "greater than".
+        first_key = Cat(first.score[:-1], second.score[-1], first.valid)
+        second_key = Cat(second.score[:-1], first.score[-1], second.valid)
         m.d.comb += [
-            settled.eq((first.valid | first.over) & (second.valid | second.over)),
-            higher.eq(second.valid & (~first.valid | (second.score > first.score))),
-            refill.eq(~valid & ~over & settled),
+            higher.eq(first_key < second_key),
+            refill.eq(~ready & first.ready & second.ready),
             first.take.eq(refill & ~higher),
             second.take.eq(refill & higher),
         ]
-        with m.If(node.take):
-            m.d.sync += valid.eq(0)
         with m.If(refill):
             m.d.sync += [
                 valid.eq(first.valid | second.valid),
-                over.eq(first.over & second.over),
                 score.eq(Mux(higher, second.score, first.score)),
                 lane.eq(Mux(higher, second.lane, first.lane)),
             ]
         with m.If(self.start):
-            m.d.sync += [valid.eq(0), over.eq(0)]
+            m.d.sync += ready.eq(0)
+        with m.Else():
+            m.d.sync += ready.eq((ready | (first.ready & second.ready)) & ~node.take)
         return node
