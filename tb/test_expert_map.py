@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The expert map against plain Python lists: lanes, places, slots and the counts of each layer.
 
-Every input is random in every cycle. A read's data hold every write before the cycle of its address
-and none of that cycle; contents that no seed has written yet are not looked at.
+Every input is random in every cycle. A read's data hold every write up to the second cycle before
+the one of its address and no later one; contents that no seed has written yet are not looked at.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import json
 import os
 import random
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,7 @@ class TB:
         self.model = Model(self.config)
         self.reads: dict[str, int] = {}
         self.wanted: dict[str, Any] = {}
+        self.writing: list[Callable[[], None]] = []
         self.counted = (list(self.model.held), list(self.model.ready))
         self.changes = False
         self.drive(row_write=0, place_write=0, info_write=0)
@@ -224,18 +227,21 @@ class TB:
             "place": model.places.get(place_read),
             "info": model.infos.get(info_read),
         }
+        # A write of this cycle is on its way through a register.
+        for do in self.writing:
+            do()
+        self.writing = []
         if row_write:
-            for e in range(experts):
-                if lanes >> e & 1:
-                    model.lanes[row_layer, e] = row[e]
+            written = {(row_layer, e): row[e] for e in range(experts) if lanes >> e & 1}
+            self.writing.append(partial(model.lanes.update, written))
             self.seen["row read as it is written"] += row_read == row_layer and lanes != 0
             some_lanes = 0 < lanes < (1 << experts) - 1
             self.seen["some lanes of it"] += row_read == row_layer and some_lanes
         if place_write:
-            model.places[place_address] = place_packed
+            self.writing.append(partial(model.places.update, {place_address: place_packed}))
             self.seen["place read as it is written"] += place_read == place_address
         if info_write:
-            model.infos[info_slot] = info
+            self.writing.append(partial(model.infos.update, {info_slot: info}))
             self.seen["info read as it is written"] += info_read == info_slot
         # The flags are a cycle behind the counts.
         self.counted = (list(model.held), list(model.ready))

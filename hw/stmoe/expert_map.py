@@ -55,9 +55,9 @@ class ExpertMap(wiring.Component):
 
     Three memories, each with one synchronous read port (one cycle) and one write port: the state
     of every expert (a row of E lanes per layer), the slot and transfer of every expert, and the
-    expert and pins of every slot. A read sees the writes of all cycles before it, and not one of
-    its own cycle. Beside them, registers count each layer's slots that are not free and its
-    evictable ones.
+    expert and pins of every slot. What is written goes through a register first: a read sees the
+    writes of all cycles before it but the last. Beside them, registers count each layer's slots
+    that are not free and its evictable ones.
 
     Parameters
     ----------
@@ -136,6 +136,8 @@ class ExpertMap(wiring.Component):
         m.d.comb += [
             row_read.addr.eq(self.row_layer),
             self.row.eq(row_read.data),
+        ]
+        m.d.sync += [
             row_write.addr.eq(self.row_write_layer),
             row_write.data.eq(self.row_write_data),
             row_write.en.eq(Mux(self.row_write, self.row_write_lanes, 0)),
@@ -149,6 +151,8 @@ class ExpertMap(wiring.Component):
         m.d.comb += [
             place_read.addr.eq(self.place_read),
             self.place.eq(place_read.data),
+        ]
+        m.d.sync += [
             place_write.addr.eq(self.place_write_address),
             place_write.data.eq(self.place_write_data),
             place_write.en.eq(self.place_write),
@@ -160,6 +164,8 @@ class ExpertMap(wiring.Component):
         m.d.comb += [
             info_read.addr.eq(self.info_read),
             self.info.eq(info_read.data),
+        ]
+        m.d.sync += [
             info_write.addr.eq(self.info_write_slot),
             info_write.data.eq(self.info_write_data),
             info_write.en.eq(self.info_write),
