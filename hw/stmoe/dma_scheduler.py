@@ -267,6 +267,7 @@ class DmaScheduler(wiring.Component):
         free = Signal(count)
         free_valid = Signal()
         next_here = Signal(count)  # bit `start_transfer`, if `free_valid`
+        retry = Signal(index_bits)  # starts again, if `retry_found`
         retry_found = Signal()
         started = Signal()
         start_issues = Signal()
@@ -343,6 +344,8 @@ class DmaScheduler(wiring.Component):
             error_here.eq(beat_here & all_of(beat.error)),
         ]
 
+        first_beat = Signal()
+        m.d.comb += first_beat.eq((unfilled & beat.here).any())
         m.submodules.slots = slots = Memory(shape=config.slot_bits, depth=count, init=[])
         slots_write = slots.write_port()
         slots_read = slots.read_port(domain="comb")
@@ -356,10 +359,10 @@ class DmaScheduler(wiring.Component):
             slots_read.addr.eq(beat.id),
             offsets_read.addr.eq(beat.id),
             offsets_write.addr.eq(beat.id),
-            offsets_write.data.eq(self.fill.payload.offset + 1),
+            offsets_write.data.eq(Mux(first_beat, 1, offsets_read.data + 1)),
             offsets_write.en.eq(taken),
             self.fill.payload.slot.eq(slots_read.data),
-            self.fill.payload.offset.eq(Mux((unfilled & beat.here).any(), 0, offsets_read.data)),
+            self.fill.payload.offset.eq(Mux(first_beat, 0, offsets_read.data)),
             self.fill.payload.data.eq(words_read.data),
         ]
 
@@ -406,11 +409,13 @@ class DmaScheduler(wiring.Component):
         )
 
         # Cancel and promote ---
-        # The beat that is taken in this cycle may be what a transfer waits for to complete.
+        # The beat that `fill` takes in this cycle may be what a transfer waits for to complete.
         completing = Signal(count)
+        last_filled = Signal()
         promote_here = Signal(count)
         promote_issues = Signal()
         m.d.comb += [
+            last_filled.eq(beats.o.valid & self.fill.ready & beat.last),
             completing.eq(
                 beat.here
                 & last_owed
@@ -420,7 +425,7 @@ class DmaScheduler(wiring.Component):
             ),
             self.cancel_late.eq(
                 ~going.bit_select(self.cancel_transfer, 1)
-                | (last_taken & completing.any() & (beat.id == self.cancel_transfer))
+                | (last_filled & completing.any() & (beat.id == self.cancel_transfer))
                 | expire
             ),
         ]
@@ -436,7 +441,7 @@ class DmaScheduler(wiring.Component):
         # Only `cancelled` looks whether it is late: what is late has no bursts left in any case.
         cancelled_here = Signal(count)
         m.d.comb += cancelled_here.eq(
-            cancel_here & going & ~(completing & all_of(last_taken)) & all_of(~expire)
+            cancel_here & going & ~(completing & all_of(last_filled)) & all_of(~expire)
         )
 
         # Issue ---
@@ -454,48 +459,49 @@ class DmaScheduler(wiring.Component):
         ]
 
         # Retry ---
+        # One is found in one cycle, looked at in the next and starts again in a third. It is
+        # found anew when anything came between that may have changed it.
         retry_limit = config.retry_limit
-        to_retry = Signal(count)
+        found_here = Signal(count)
+        found_index = Signal(index_bits)
+        found = Signal()
         retry_here = Signal(count)
-        retry = Signal(index_bits)
         retry_demand = Signal()
+        retry_number = Signal(range(retry_limit + 1))
         retrying = Signal()
         retries_here = Signal(count)
-        last_retry = Signal()
+        m.d.comb += retries_here.eq(retry_here & all_of(retrying))
         if retry_limit:
-            m.d.comb += [
-                to_retry.eq(
-                    at_end & wants_retry & ~retry_here & (demand | all_of(~prefetch_valid))
-                ),
-                retry_demand.eq((retry_here & demand).any()),
-                # One push into the demand order in a cycle; and what came since it was found may
-                # have changed it. It is found again then.
-                retrying.eq(
-                    retry_found
-                    & ~self.promote
-                    & ~self.cancel
-                    & ~expire
-                    & ~disturbed
-                    & (retry_demand | ~prefetch_valid)
-                ),
-                retries_here.eq(retry_here & all_of(retrying)),
-            ]
-            m.d.sync += [
-                retry_found.eq(to_retry.any()),
-                retry_here.eq(_lowest(to_retry)),
-                retry.eq(_index(to_retry)),
-            ]
+            to_retry = Signal(count)
             m.submodules.retries = retries = Memory(
                 shape=range(retry_limit + 1), depth=count, init=[]
             )
             retries_write = retries.write_port()
             retries_read = retries.read_port(domain="comb")
+            changes = self.promote | self.cancel | expire | disturbed
             m.d.comb += [
-                retries_read.addr.eq(retry),
+                to_retry.eq(
+                    at_end
+                    & wants_retry
+                    & ~found_here
+                    & ~retry_here
+                    & (demand | all_of(~prefetch_valid))
+                ),
+                retrying.eq(retry_found & ~changes & (retry_demand | ~prefetch_valid)),
+                retries_read.addr.eq(found_index),
                 retries_write.addr.eq(Mux(retry_found, retry, self.start_transfer)),
-                retries_write.data.eq(Mux(retry_found, retries_read.data + 1, 0)),
+                retries_write.data.eq(Mux(retry_found, retry_number, 0)),
                 retries_write.en.eq(Mux(retry_found, retrying, free_valid)),
-                last_retry.eq(retries_read.data == retry_limit - 1),
+            ]
+            m.d.sync += [
+                found.eq(to_retry.any()),
+                found_here.eq(_lowest(to_retry)),
+                found_index.eq(_index(to_retry)),
+                retry_found.eq(found & ~changes),
+                retry_here.eq(found_here),
+                retry.eq(found_index),
+                retry_demand.eq((found_here & demand).any()),
+                retry_number.eq(retries_read.data + 1),
             ]
 
         # Who issues next ---
@@ -573,7 +579,9 @@ class DmaScheduler(wiring.Component):
                     ),
                     demand[t].eq(demand[t] | promote_here[t]),
                     failed[t].eq((failed[t] & ~retries_here[t]) | error_here[t]),
-                    may_retry[t].eq(may_retry[t] & ~(retries_here[t] & last_retry) & ~expire),
+                    may_retry[t].eq(
+                        may_retry[t] & ~(retries_here[t] & (retry_number == retry_limit)) & ~expire
+                    ),
                 ]
         promoted = Signal(count)  # in the cycle before: its bursts still count as prefetch's
         m.d.sync += promoted.eq(promote_here)
@@ -593,20 +601,19 @@ class DmaScheduler(wiring.Component):
 
         # Fewer are counted a cycle late.
         issued_prefetch = Signal()
-        ended_burst, ended_prefetch = Signal(), Signal()
-        ended_promoted = Signal.like(promoted_bursts)
+        ended_burst = Signal()
+        fewer_prefetch = Signal(range(config.max_outstanding + 1))
         m.d.comb += issued_prefetch.eq(
             splitter.issued & ~demand.bit_select(splitter.issued_transfer, 1)
         )
         m.d.sync += [
             ended_burst.eq(last_taken & (beat.here & ~nothing_owed).any()),
-            ended_prefetch.eq(last_taken & (beat.here & ~nothing_owed & ~demand).any()),
-            ended_promoted.eq(promoted_bursts),
+            fewer_prefetch.eq(
+                promoted_bursts + (last_taken & (beat.here & ~nothing_owed & ~demand).any())
+            ),
             outstanding.eq(outstanding + splitter.issued - ended_burst),
             room.eq(outstanding + splitter.issued < config.max_outstanding),
-            prefetch_outstanding.eq(
-                prefetch_outstanding + issued_prefetch - ended_prefetch - ended_promoted
-            ),
+            prefetch_outstanding.eq(prefetch_outstanding + issued_prefetch - fewer_prefetch),
             prefetch_room.eq(prefetch_outstanding + issued_prefetch < config.prefetch_outstanding),
             self.prefetch_ready.eq(
                 ~prefetch_valid
