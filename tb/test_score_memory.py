@@ -65,18 +65,16 @@ async def rows_are_what_was_written_last(dut) -> None:
         await RisingEdge(dut.clk)
 
         rows = {kind: [0] * LAYERS for kind in WIDTH}
+        layers = {kind: int(getattr(dut, f"{kind}_layer").value) for kind in WIDTH}
         expected: dict[str, int] = {}
         for _ in range(300):
             written = set()
             changes = []
             for kind, width in WIDTH.items():
-                write, layer, row = (
-                    rng.random() < 0.5,
-                    rng.randrange(LAYERS),
-                    rng.getrandbits(width),
-                )
+                write, layer, row = rng.random() < 0.5, layers[kind], rng.getrandbits(width)
+                layers[kind] = rng.randrange(LAYERS)
                 getattr(dut, f"write_{kind}").value = int(write)
-                getattr(dut, f"{kind}_layer").value = layer
+                getattr(dut, f"{kind}_layer").value = layers[kind]  # of the next cycle
                 getattr(dut, f"{kind}_row").value = row
                 if write:
                     written.add(layer)

@@ -318,7 +318,8 @@ class Predictor(wiring.Component):
         turn = Signal(ahead + 1)  # a route's rows: the layers ahead, then its own
         valid = delayed(fetching, 3, "row_valid")
         last = delayed(fetching & (rows_left == 0), 2, "row_last")
-        row_layers = delayed(fetch_layer, 2, "written_layer")
+        fetched_layer = Signal.like(fetch_layer)
+        m.d.sync += fetched_layer.eq(fetch_layer)
         row = Signal(score_layout(c))
         # The lane's own layer starts again from its bias, and so does a new sequence.
         m.d.comb += own.eq(turn[ahead] | sequence)
@@ -351,7 +352,7 @@ class Predictor(wiring.Component):
             scores.layer.eq(fetch_layer),
             scores.victim_layer.eq(self.victim_layer),
             scores.blank.eq(port & own),
-            scores.score_layer.eq(row_layers[2]),
+            scores.score_layer.eq(fetched_layer),
             scores.score_row.eq(row),
             scores.write_score.eq(valid[2]),
             scores.use_layer.eq(layer),

@@ -43,7 +43,9 @@ class ScoreMemory(wiring.Component):
     score, use : Out
         The rows that were read one cycle before. Not reset.
     write_score, write_use : In
-        Write ``score_row`` to ``score_layer``, ``use_row`` to ``use_layer``.
+        Write ``score_row``, ``use_row`` to the layer given one cycle before.
+    score_layer, use_layer : In
+        Layer of a write in the next cycle.
     clear_done : Out
     """
 
@@ -73,11 +75,6 @@ class ScoreMemory(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         layers = self.config.num_layers
-        clear_layer = Signal(self.config.layer_bits)
-        with m.If(~self.clear_done):
-            m.d.sync += clear_layer.eq(clear_layer + 1)
-            with m.If(clear_layer == layers - 1):
-                m.d.sync += self.clear_done.eq(1)
         read_layer = Signal(self.config.layer_bits)
         m.d.comb += read_layer.eq(Mux(self.own, self.layer, self.victim_layer))
 
@@ -91,13 +88,21 @@ class ScoreMemory(wiring.Component):
             # The register of the port is written out, as it can be blanked.
             read, write = ram.read_port(domain="comb"), ram.write_port()
             data_read = Signal(shape, name=f"{name}_read", reset_less=True)
+            write_layer = Signal(self.config.layer_bits, name=f"{name}_write_layer")
             m.d.comb += [
                 read.addr.eq(read_layer),
                 row_read.eq(data_read),
                 write.en.eq(enable | ~self.clear_done),
-                write.addr.eq(Mux(self.clear_done, layer, clear_layer)),
+                write.addr.eq(write_layer),
                 write.data.eq(row_write),
             ]
+            # Straight from a register: it goes to hundreds of LUT RAMs.
+            with m.If(self.clear_done):
+                m.d.sync += write_layer.eq(layer)
+            with m.Else():
+                m.d.sync += write_layer.eq(write_layer + 1)
+                with m.If(write_layer == layers - 1):
+                    m.d.sync += self.clear_done.eq(1)
             with m.If(blank):
                 m.d.sync += data_read.as_value().eq(0)
             with m.Else():
