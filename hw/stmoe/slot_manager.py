@@ -635,6 +635,8 @@ class SlotManager(wiring.Component):
                 # The first operation that is possible is chosen now and begun in the next cycle.
                 # What makes it possible stays so until then.
                 m.d.sync += [op_layer.eq(load_layer), op_expert.eq(load_expert)]
+                # A cycle ahead, for the DMA scheduler to read the segment table.
+                m.d.comb += self.start.payload.layer.eq(load_layer)
                 possible = {
                     Operation.COMPLETION: self.completion.valid,
                     Operation.DEMAND: demanding & ~demand_blocked & self.start.ready,
@@ -1000,6 +1002,7 @@ class SlotManager(wiring.Component):
                         *emit(EventKind.ROUTE, layer=route.layer, data=route.experts.as_value()),
                     ]
                     last = route.layer == layers - 1
+                    m.d.comb += self.start.payload.layer.eq(route.layer)
                     m.d.sync += [
                         op_layer.eq(route.layer),
                         event_layer.eq(route.layer),
