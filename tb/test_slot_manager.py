@@ -328,6 +328,8 @@ class TB:
             started = unpack(LOAD, self.get("start__payload"))
             started["transfer"] = self.values["start_transfer"]
         cancelled = self.get("cancel_transfer") if self.get("cancel") else None
+        if cancelled is not None and self.values["late"] >> cancelled & 1:
+            cancelled = None  # ignored
         if self.get("promote"):
             self.seen["promote"] += 1
             assert dma[self.get("promote_transfer")]["prefetch"]
@@ -355,7 +357,7 @@ class TB:
             }
             self.latest_start = cycle
         if cancelled is not None:
-            assert not self.values["late"] >> cancelled & 1 and dma[cancelled]["prefetch"]
+            assert dma[cancelled]["prefetch"]
             dma[cancelled]["cancelled"] = True
             dma[cancelled]["end"] = cycle + self.rng.randint(1, 30)
         if completed is not None:

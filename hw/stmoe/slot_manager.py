@@ -832,7 +832,11 @@ class SlotManager(wiring.Component):
                 ]
                 m.next = "CANCEL"
             with m.State("CANCEL"):
-                m.d.comb += cancelling.eq(leaving_found & ~self.cancel_late)
+                # The DMA scheduler ignores a cancel that is late, so it need not wait for that.
+                m.d.comb += [
+                    self.cancel.eq(leaving_found),
+                    cancelling.eq(leaving_found & ~self.cancel_late),
+                ]
                 m.next = "IDLE"
 
             with m.State("ENDED"):
@@ -1087,7 +1091,6 @@ class SlotManager(wiring.Component):
 
         with m.If(cancelling):
             m.d.comb += [
-                self.cancel.eq(1),
                 table.row_write.eq(1),
                 draining_add.eq(1),
                 counter["cancelled"].eq(1),
