@@ -116,7 +116,9 @@ class TB:
         self.busy = self.committing = self.requested = self.over = False
         self.apply = None
         self.wait = 0
-        self.asked: tuple | None = None  # rows that the read of the last cycle must give
+        # Rows that the reads of the last two cycles must give.
+        self.asked: tuple | None = None
+        self.asked_before: tuple | None = None
         self.offered: int | None = None
         self.recent: list[int] = []
         for name in ("token__valid", "token__payload", "route__valid", "route__payload"):
@@ -157,13 +159,9 @@ class TB:
             self.drive("learning", rng.getrandbits(1))
             self.drive("ordered", rng.getrandbits(1))
         self.drive("selected__ready", int(self.fast or rng.random() < 0.6))
-        expected, self.asked = self.asked, None
-        # The port is the predictor's own in the cycle after an event was taken.
-        if (
-            not self.committing
-            and self.now != self.taken + 1
-            and (self.sweep or rng.random() < 0.2)
-        ):
+        expected, self.asked_before, self.asked = self.asked_before, self.asked, None
+        # The port is the predictor's own in the cycle in which an event is taken.
+        if not self.committing and self.now != self.taken and (self.sweep or rng.random() < 0.2):
             layer = self.sweep.pop() if self.sweep else rng.randrange(self.config.num_layers)
             self.drive("victim_layer", layer)
             state = self.golden.state
@@ -178,6 +176,8 @@ class TB:
         if self.busy:
             assert not self.read("token__ready") and not self.read("route__ready")
         self._check_commit()
+        if self.driven["commit_grant"]:
+            self.asked = None  # so it is from the grant on
         self._check_picks()
         grant = self.driven["commit_grant"]
         await RisingEdge(self.dut.clk)

@@ -236,6 +236,7 @@ class TB:
         self.cycle = 0
         self.boxes = {n: Inbox() for n in ("tokens", "routes", "releases", "grants")}
         self.rows = Rows(self.rng)
+        self.layer_asked = 0
         self.oracle = Oracle(
             CONFIG,
             segments=[[] for _ in range(CONFIG.num_layers)],
@@ -413,7 +414,8 @@ class TB:
 
     def drive(self) -> None:
         rng, knobs = self.rng, self.knobs
-        layer = self.get("victim_layer")
+        # Rows come two cycles after their layer was given.
+        layer, self.layer_asked = self.layer_asked, self.get("victim_layer")
         state = self.rows.state
         width = CONFIG.score_bits
         if layer < CONFIG.num_layers:

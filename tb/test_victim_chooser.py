@@ -183,8 +183,9 @@ class TB:
             for name in VictimChooser(self.config).signature.members
         }
         self.memory: dict[str, list[int]] | None = None
-        self.address = 0  # of the cycle before
-        self.shown = -1  # row on the data inputs
+        self.addresses = (0, 0)  # row_layer one cycle before, score_layer two cycles before
+        self.score_address = 0  # score_layer one cycle before
+        self.shown = (-1, -1)  # rows on the data inputs
         self.answer: dict[str, int] = {}  # while done
         self.rng = np.random.default_rng(0)
         cocotb.start_soon(Clock(dut.clk, 10, unit="ns").start())
@@ -201,14 +202,16 @@ class TB:
         """Finish a cycle whose inputs are driven; returns when the next may be driven."""
         if self.memory is None:
             self.junk("row", "score", "use")
-            self.shown = -1
-        elif self.address != self.shown:
+            self.shown = (-1, -1)
+        elif self.addresses != self.shown:
             for name, rows in self.memory.items():
-                self.port[name].value = rows[self.address]
-            self.shown = self.address
+                self.port[name].value = rows[self.addresses[name != "row"]]
+            self.shown = self.addresses
         await ReadOnly()
-        self.address = self.get("row_layer")
-        assert self.address < self.config.num_layers, f"row_layer {self.address} does not exist"
+        self.addresses = (self.get("row_layer"), self.score_address)
+        self.score_address = self.get("score_layer")
+        for address in (*self.addresses, self.score_address):
+            assert address < self.config.num_layers, f"layer {address} does not exist"
         names = ("done", "found", "admitted", "layer", "expert") if self.get("done") else ()
         self.answer = {name: self.get(name) for name in names}
         await FallingEdge(self.dut.clk)
@@ -221,7 +224,7 @@ class TB:
         self.dut.rst.value = 1
         await FallingEdge(self.dut.clk)
         self.dut.rst.value = 0
-        self.address = 0
+        self.addresses, self.score_address = (0, 0), 0
         await self.cycle()
         assert not self.answer, "done before the first start"
 
@@ -239,7 +242,7 @@ class TB:
             "score": [pack_row(row, config.score_bits) for row in s.score],
             "use": [pack_row(row, USE_BITS) for row in s.use],
         }
-        self.shown = -1
+        self.shown = (-1, -1)
         over, any_ready = pack_flags(b.held > b.quota), pack_flags(ready.any(axis=1))
         port["over"].value, port["any_ready"].value = over, any_ready
         port["start"].value = 1

@@ -146,9 +146,9 @@ class Predictor(wiring.Component):
     clear_done : Out
         The tables have been cleared after reset.
     victim_layer, victim_score, victim_use : In, Out, Out
-        Read port of the score memory, one cycle of latency. It is the predictor's own in the cycle
-        after a route or token was taken, and from the cycle after ``commit_grant`` until
-        ``commit_done``: ``victim_layer`` is not read then.
+        Read port of the score memory, two cycles of latency. It is the predictor's own in the
+        cycle in which a route or token is taken, and from ``commit_grant`` until ``commit_done``:
+        ``victim_layer`` is not read then.
     threshold : In
         Lowest score that is picked, quarter units.
     learning, ordered, prefetching : In
@@ -314,6 +314,7 @@ class Predictor(wiring.Component):
         # Score rows, one a cycle: read, added to, written ---------------------------------------
         fetch_layer, bias_layer = Signal(c.layer_bits), Signal(c.layer_bits)
         fetching, port, own = Signal(), Signal(), Signal()
+        fetch_next, port_next = Signal.like(fetch_layer), Signal()
         rows_left = Signal(range(max(2, layers, ahead + 1)))
         turn = Signal(ahead + 1)  # a route's rows: the layers ahead, then its own
         valid = delayed(fetching, 3, "row_valid")
@@ -348,8 +349,9 @@ class Predictor(wiring.Component):
         idle = Signal()
         m.d.comb += [
             finish.eq(last[2]),
-            scores.own.eq(port),
-            scores.layer.eq(fetch_layer),
+            # Asked for a cycle ahead: the score memory has a register of its own for the address.
+            scores.own.eq(port_next),
+            scores.layer.eq(fetch_next),
             scores.victim_layer.eq(self.victim_layer),
             scores.blank.eq(port & own),
             scores.score_layer.eq(fetched_layer),
@@ -403,7 +405,8 @@ class Predictor(wiring.Component):
             self.token.ready.eq(idle & clear_done),
             self.route.ready.eq(idle & clear_done & ~self.token.valid),
         ]
-        m.d.sync += port.eq(0)
+        m.d.comb += fetch_next.eq(fetch_layer)
+        m.d.sync += [port.eq(port_next), fetch_layer.eq(fetch_next)]
         # Cycles from the last step of the pass until the sums are there when they are needed.
         settle = max(4 if depth else 0, 6 - ahead)
         with m.FSM():
@@ -411,6 +414,7 @@ class Predictor(wiring.Component):
                 route = self.route.payload
                 m.d.comb += [
                     idle.eq(1),
+                    fetch_next.eq(layer),
                     taken.eq(clear_done & (self.token.valid | self.route.valid)),
                 ]
                 m.d.sync += [
@@ -420,20 +424,19 @@ class Predictor(wiring.Component):
                     rank.eq(0),
                     step.eq(0),
                     turn.eq(0),
-                    fetch_layer.eq(layer),
                     bias_layer.eq(layer),
                     self.select_layer.eq(target[min(1, ahead)]),
                 ]
                 with m.If(taken):
+                    m.d.comb += port_next.eq(1)
                     m.d.sync += [
-                        port.eq(1),
                         is_route.eq(~self.token.valid),
                         sequence.eq(self.token.valid & self.token.payload.new_sequence),
                     ]
                     with m.If(self.token.valid):
+                        m.d.comb += fetch_next.eq(0)
                         m.d.sync += [
                             *(target[d].eq(d) for d in range(ahead + 1)),
-                            fetch_layer.eq(0),
                             bias_layer.eq(0),
                             self.select_layer.eq(0),
                             rows_left.eq(Mux(self.token.payload.new_sequence, layers - 1, 0)),
@@ -443,7 +446,7 @@ class Predictor(wiring.Component):
                         m.d.sync += rows_left.eq(ahead)
                         m.next = "LOOK"
             with m.State("LOOK"):
-                m.d.sync += fetch_layer.eq(target[1] if ahead else layer)
+                m.d.comb += fetch_next.eq(target[1] if ahead else layer)
                 with m.If(last_step & look_pass):
                     m.next = "SETTLE-1"
             for n in range(1, settle):
@@ -453,7 +456,7 @@ class Predictor(wiring.Component):
                 m.d.comb += self.commit_request.eq(1)
                 m.d.sync += turn.eq(is_route)
                 with m.If(self.commit_grant):
-                    m.d.sync += port.eq(1)
+                    m.d.comb += port_next.eq(1)
                     with m.If(sequence):
                         m.next = "BIAS-1"
                     with m.Else():
@@ -461,19 +464,22 @@ class Predictor(wiring.Component):
             # The bias of a layer is there two cycles after it was asked for.
             for n in (1, 2):
                 with m.State(f"BIAS-{n}"):
-                    m.d.sync += [port.eq(1), bias_layer.eq(bias_layer + 1)]
+                    m.d.comb += port_next.eq(1)
+                    m.d.sync += bias_layer.eq(bias_layer + 1)
                     m.next = "COMMIT" if n == 2 else "BIAS-2"
             with m.State("COMMIT"):
-                m.d.comb += fetching.eq(1)
+                m.d.comb += [
+                    fetching.eq(1),
+                    port_next.eq(1),
+                    fetch_next.eq(following(fetch_layer)),
+                ]
                 m.d.sync += [
-                    port.eq(1),
                     turn.eq(turn << 1),
                     rows_left.eq(rows_left - 1),
                     bias_layer.eq(Mux(sequence, bias_layer + 1, bias_layer)),
-                    fetch_layer.eq(following(fetch_layer)),
                 ]
                 with m.If(turn[ahead - 1] if ahead else Const(0)):
-                    m.d.sync += fetch_layer.eq(layer)
+                    m.d.comb += fetch_next.eq(layer)
                 with m.If(rows_left == 0):
                     m.d.sync += turn.eq(0)
                     m.next = "WRITE"

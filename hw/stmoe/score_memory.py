@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Const, Module, Mux, Signal, signed
+from amaranth.hdl import Const, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import data, memory, wiring
 from amaranth.lib.wiring import In, Out
 
-from stmoe_golden.config import EngineConfig
+from stmoe_golden.config import USE_BITS, EngineConfig
 
 from .learner import use_layout
 
 __all__ = ["ScoreMemory", "score_layout"]
+
+GROUPS = 4
+"""Address registers; all lanes are divided among them."""
 
 
 def score_layout(config: EngineConfig) -> data.ArrayLayout:
@@ -22,9 +25,11 @@ def score_layout(config: EngineConfig) -> data.ArrayLayout:
 class ScoreMemory(wiring.Component):
     """A row of scores and a row of use counts for each layer.
 
-    One read port, which answers one cycle later: the predictor's in the cycles with ``own``, the
-    victim choice's in all others (they never need it at once, see docs/architecture.md 4.1). One
-    write port for each kind. A write is seen by reads presented from the next cycle on. After
+    One read port, which answers two cycles later: the predictor's in the cycles with ``own``, the
+    victim choice's in all others (they never need it at once, see docs/architecture.md 4.1). Its
+    address is kept in several registers, each near the lanes that it serves: one for all would
+    have a thousand loads. One
+    write port for each kind. A write is seen by reads presented in its cycle and later. After
     reset all rows are cleared, one layer a cycle: until ``clear_done`` nothing may be written, and
     the row inputs must be 0 (they come from registers that have not been loaded yet, which saves
     a multiplexer of a whole row).
@@ -39,9 +44,9 @@ class ScoreMemory(wiring.Component):
         ``layer`` is read in this cycle, else ``victim_layer``.
     layer, victim_layer : In
     blank : In
-        Scores that are read in this cycle are given as 0.
+        Scores that were asked for in the cycle before are given as 0.
     score, use : Out
-        The rows that were read one cycle before. Not reset.
+        The rows that were asked for two cycles before. Not reset.
     write_score, write_use : In
         Write ``score_row``, ``use_row`` to the layer given one cycle before.
     score_layer, use_layer : In
@@ -78,24 +83,8 @@ class ScoreMemory(wiring.Component):
         read_layer = Signal(self.config.layer_bits)
         m.d.comb += read_layer.eq(Mux(self.own, self.layer, self.victim_layer))
 
-        def kind(name, blank, row_read, enable, layer, row_write):
-            shape = row_read.shape()
-            m.submodules[name] = ram = memory.Memory(
-                shape=shape,
-                depth=max(2, layers),
-                init=[],
-            )
-            # The register of the port is written out, as it can be blanked.
-            read, write = ram.read_port(domain="comb"), ram.write_port()
-            data_read = Signal(shape, name=f"{name}_read", reset_less=True)
+        def kind(name, width, blank, row_read, enable, layer, row_write):
             write_layer = Signal(self.config.layer_bits, name=f"{name}_write_layer")
-            m.d.comb += [
-                read.addr.eq(read_layer),
-                row_read.eq(data_read),
-                write.en.eq(enable | ~self.clear_done),
-                write.addr.eq(write_layer),
-                write.data.eq(row_write),
-            ]
             # Straight from a register: it goes to hundreds of LUT RAMs.
             with m.If(self.clear_done):
                 m.d.sync += write_layer.eq(layer)
@@ -103,18 +92,53 @@ class ScoreMemory(wiring.Component):
                 m.d.sync += write_layer.eq(write_layer + 1)
                 with m.If(write_layer == layers - 1):
                     m.d.sync += self.clear_done.eq(1)
-            with m.If(blank):
-                m.d.sync += data_read.as_value().eq(0)
-            with m.Else():
-                m.d.sync += data_read.eq(read.data)
+            share = -(-self.config.num_experts // GROUPS)
+            for group, first in enumerate(range(0, self.config.num_experts, share)):
+                lanes = slice(width * first, width * (first + share))
+                part = row_write.as_value()[lanes]
+                m.submodules[f"{name}_{group}"] = ram = memory.Memory(
+                    shape=unsigned(len(part)), depth=max(2, layers), init=[]
+                )
+                # The registers of the port are written out: the address for its own sake, the
+                # data because they can be blanked. Synthesis merges equal flip-flops into one, so
+                # these differ, bit by bit, in how they start and whether they are reset.
+                read, write = ram.read_port(domain="comb"), ram.write_port()
+                address = Signal(
+                    self.config.layer_bits,
+                    name=f"{name}_{group}_layer",
+                    init=-(group & 1) % (1 << self.config.layer_bits),
+                    reset_less=group & 2 != 0,
+                )
+                data_read = Signal(len(part), name=f"{name}_{group}_read", reset_less=True)
+                m.d.sync += address.eq(read_layer)
+                m.d.comb += [
+                    read.addr.eq(address),
+                    row_read.as_value()[lanes].eq(data_read),
+                    write.en.eq(enable | ~self.clear_done),
+                    write.addr.eq(write_layer),
+                    write.data.eq(part),
+                ]
+                with m.If(blank):
+                    m.d.sync += data_read.eq(0)
+                with m.Else():
+                    m.d.sync += data_read.eq(read.data)
 
         kind(
             "score_rows",
+            self.config.score_bits,
             self.blank,
             self.score,
             self.write_score,
             self.score_layer,
             self.score_row,
         )
-        kind("use_rows", Const(0), self.use, self.write_use, self.use_layer, self.use_row)
+        kind(
+            "use_rows",
+            USE_BITS,
+            Const(0),
+            self.use,
+            self.write_use,
+            self.use_layer,
+            self.use_row,
+        )
         return m

@@ -287,7 +287,7 @@ class SlotManager(wiring.Component):
         row_layer = Signal(c.layer_bits)
         m.d.comb += [
             table.row_layer.eq(Mux(chooser.busy, chooser.row_layer, row_layer)),
-            self.victim_layer.eq(chooser.row_layer),
+            self.victim_layer.eq(chooser.score_layer),
             chooser.row.eq(table.row),
             chooser.score.eq(self.victim_score),
             chooser.use.eq(self.victim_use),

@@ -90,10 +90,12 @@ class VictimChooser(wiring.Component):
         One cycle; the other inputs hold until ``done``, ``demand`` until the answer is used.
     demand, load_layer, load_expert, latest_layer, current_set : In
     row_layer, row : Out, In
-        The expert map's row port; also the address of ``score`` and ``use``. While not ``busy``
-        it is ``load_layer``, whose row is read in the cycle of ``start``.
+        The expert map's row port.
+    score_layer : Out
+        ``row_layer`` of the next cycle; while not ``busy`` it is ``load_layer``, whose scores are
+        asked for in the cycle of ``start``.
     score, use : In
-        Row of ``row_layer``, one cycle later.
+        Rows of the ``score_layer`` of two cycles before, so of the same layer as ``row``.
     over, any_ready : In
         Flags of each layer from the expert map.
     busy : Out
@@ -115,6 +117,7 @@ class VictimChooser(wiring.Component):
                 "latest_layer": In(c.layer_bits),
                 "current_set": In(experts),
                 "row_layer": Out(c.layer_bits),
+                "score_layer": Out(c.layer_bits),
                 "row": In(data.ArrayLayout(LaneState, experts)),
                 "score": In(data.ArrayLayout(signed(c.score_bits), experts)),
                 "use": In(data.ArrayLayout(unsigned(USE_BITS), experts)),
@@ -161,7 +164,9 @@ class VictimChooser(wiring.Component):
         some_below, index_below = highest("below", over_quota & below)
         some_over, index_over = highest("over", over_quota)
 
-        layer = Signal(c.layer_bits)
+        layer, layer_next = Signal(c.layer_bits), Signal(c.layer_bits)
+        m.d.comb += layer_next.eq(layer)
+        m.d.sync += layer.eq(layer_next)
         excluding = Signal()
         everywhere = Signal()
         value = Array(Signal(signed(c.value_bits), name=f"lane_value_{e}") for e in range(experts))
@@ -198,6 +203,8 @@ class VictimChooser(wiring.Component):
             m.d.comb += [
                 self.busy.eq(~fsm.ongoing("IDLE")),
                 self.row_layer.eq(Mux(fsm.ongoing("IDLE"), self.load_layer, layer)),
+                # A cycle ahead: the score memory has a register of its own for the address.
+                self.score_layer.eq(Mux(fsm.ongoing("IDLE"), self.load_layer, layer_next)),
             ]
             with m.State("IDLE"):
                 m.d.sync += [
@@ -209,28 +216,29 @@ class VictimChooser(wiring.Component):
                     m.d.sync += [self.done.eq(0), self.found.eq(0), self.admitted.eq(0)]
                     m.next = "CANDIDATE"
             with m.State("CANDIDATE"):
-                # The row of the layer to be loaded is here.
+                m.next = "WALK"
+            with m.State("WALK"):
+                # The scores of the layer to be loaded are here; the layers to be walked follow.
                 m.d.sync += [
                     candidate_score.eq(
                         Array(self.score[e] for e in range(experts))[self.load_expert]
                     ),
                     candidate_use.eq(Array(self.use[e] for e in range(experts))[self.load_expert]),
-                ]
-                m.next = "WALK"
-            with m.State("WALK"):
-                m.d.sync += [
-                    candidate.eq(candidate_score + (candidate_use << c.use_shift)),
-                    layer.eq(
-                        Mux(some_below, index_below, Mux(some_over, index_over, self.load_layer))
-                    ),
                     tried_own.eq(~some_over),
                 ]
+                m.d.comb += layer_next.eq(
+                    Mux(some_below, index_below, Mux(some_over, index_over, self.load_layer))
+                )
                 m.next = "READ"
             with m.State("OWN"):
-                m.d.sync += [layer.eq(self.load_layer), tried_own.eq(1)]
+                m.d.comb += layer_next.eq(self.load_layer)
+                m.d.sync += tried_own.eq(1)
                 m.next = "READ"
             with m.State("READ"):
-                m.d.sync += count.eq(0)
+                m.d.sync += [
+                    count.eq(0),
+                    candidate.eq(candidate_score + (candidate_use << c.use_shift)),
+                ]
                 m.next = "ROW"
             with m.State("ROW"):
                 for e in range(experts):
@@ -258,9 +266,9 @@ class VictimChooser(wiring.Component):
                         m.d.sync += [
                             everywhere.eq(1),
                             excluding.eq(0),
-                            layer.eq(self.latest_layer),
                             last.eq(0),
                         ]
+                        m.d.comb += layer_next.eq(self.latest_layer)
                         m.next = "NEXT"
                     with m.Else():
                         m.d.sync += self.done.eq(1)
@@ -272,7 +280,8 @@ class VictimChooser(wiring.Component):
                 m.next = "NEXT"
             with m.State("NEXT"):
                 # Everywhere: from the latest layer down, round to the latest layer again.
-                m.d.sync += [layer.eq(before), last.eq(before == self.latest_layer)]
+                m.d.comb += layer_next.eq(before)
+                m.d.sync += last.eq(before == self.latest_layer)
                 m.next = "SKIP"
                 with m.If(last):
                     m.d.sync += self.done.eq(1)
