@@ -40,7 +40,7 @@ sim: $(READY) ## replay a trace in Verilator against golden: TRACE= PRESET= TOKE
 		$(if $(filter-out 0,$(WAVES)),--waves)
 
 test: $(FPGA) ## run every bench and test: PYTEST_ARGS= SEED=
-	@$(RUN) -m pytest $(PYTEST_ARGS)
+	@$(RUN) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 lint: $(READY) ## ruff, mypy, and Verilator's lint of every preset's Verilog
 	@$(BIN)/ruff check .

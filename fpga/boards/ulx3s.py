@@ -14,6 +14,6 @@ BOARDS = (
             luts=83_640, registers=83_640, block_rams=208, block_ram_bits=18_432, multipliers=156
         ),
         default_preset="gpt_oss_20b",
-        clock_hz=50_000_000,
+        clock_hz=37_500_000,
     ),
 )

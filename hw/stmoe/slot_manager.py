@@ -633,7 +633,7 @@ class SlotManager(wiring.Component):
 
             with m.State("IDLE"):
                 # The first operation that is possible is chosen now and begun in the next cycle.
-                # What makes it possible stays so until then.
+                # What makes it possible stays so until then, but for one case of a token.
                 m.d.sync += [op_layer.eq(load_layer), op_expert.eq(load_expert)]
                 # A cycle ahead, for the DMA scheduler to read the segment table.
                 m.d.comb += self.start.payload.layer.eq(load_layer)
@@ -704,25 +704,31 @@ class SlotManager(wiring.Component):
                         ]
                         m.next = "REGISTERS"
                     with m.Case(Operation.TOKEN):
-                        m.d.comb += self.token.ready.eq(1)
-                        with m.If(token.context != 0):
-                            m.d.comb += [
-                                counter["illegal"].eq(1),
-                                *emit(EventKind.ILLEGAL, flag=2),
-                            ]
-                        with m.Else():
-                            m.d.comb += [
-                                self.predictor_token.valid.eq(1),
-                                self.predictor_token.payload.new_sequence.eq(token.new_sequence),
-                                counter["tokens"].eq(1),
-                                counter["sequences"].eq(token.new_sequence),
-                                *emit(
-                                    EventKind.TOKEN, flag=token.new_sequence, data=token.token_id
-                                ),
-                            ]
-                            m.d.sync += [token_taken.eq(1), expected_layer.eq(0)]
-                            with m.If(token.new_sequence):
-                                m.next = "FLUSH"
+                        # Unless a route has come meanwhile, which goes before it within a token.
+                        with m.If(at_boundary | ~self.route.valid):
+                            m.d.comb += self.token.ready.eq(1)
+                            with m.If(token.context != 0):
+                                m.d.comb += [
+                                    counter["illegal"].eq(1),
+                                    *emit(EventKind.ILLEGAL, flag=2),
+                                ]
+                            with m.Else():
+                                m.d.comb += [
+                                    self.predictor_token.valid.eq(1),
+                                    self.predictor_token.payload.new_sequence.eq(
+                                        token.new_sequence
+                                    ),
+                                    counter["tokens"].eq(1),
+                                    counter["sequences"].eq(token.new_sequence),
+                                    *emit(
+                                        EventKind.TOKEN,
+                                        flag=token.new_sequence,
+                                        data=token.token_id,
+                                    ),
+                                ]
+                                m.d.sync += [token_taken.eq(1), expected_layer.eq(0)]
+                                with m.If(token.new_sequence):
+                                    m.next = "FLUSH"
                     with m.Case(Operation.ROUTE):
                         m.d.sync += [
                             *(event_lanes[rank].eq(route.experts[rank]) for rank in range(top_k)),
