@@ -17,13 +17,29 @@ from pathlib import Path
 from typing import Any
 
 from amaranth.back import verilog
-from amaranth.hdl import Elaboratable
-from amaranth.lib import data
+from amaranth.hdl import Elaboratable, Module
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import Out
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
 
 os.environ.setdefault("AMARANTH_USE_YOSYS", "builtin")
+
+
+class Shapes(wiring.Component):
+    """Blocks side by side, so that all shapes are one simulation."""
+
+    def __init__(self, blocks: dict[str, wiring.Component]) -> None:
+        self.blocks = blocks
+        super().__init__({name: Out(block.signature) for name, block in blocks.items()})
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        for name, block in self.blocks.items():
+            m.submodules[name] = block
+            wiring.connect(m, wiring.flipped(getattr(self, name)), block)
+        return m
 
 
 def find_verilator() -> Path:

@@ -117,7 +117,7 @@ def run(name: str, testcase: str, count: int) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_random_traffic_matches_golden(name: str) -> None:
     """Legal and illegal events, commits at any time, stalls on every stream."""
-    run(name, "random_traffic", 3 if name == "tiny" else 2)
+    run(name, "random_traffic", 10 if name == "tiny" else 3)
 
 
 def test_read_error_is_retried_then_granted() -> None:

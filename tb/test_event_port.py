@@ -13,13 +13,10 @@ from pathlib import Path
 
 import cocotb
 import pytest
-from amaranth.hdl import Module
-from amaranth.lib import wiring
-from amaranth.lib.wiring import Out
 from cocotb.clock import Clock
 from cocotb.triggers import FallingEdge, ReadOnly
 
-from simulation import run_bench, seeds, unpack
+from simulation import Shapes, run_bench, seeds, unpack
 from stmoe.event_port import SOURCES, EventPort
 from stmoe.payloads import CYCLE_BITS, EventKind, event_layout
 from stmoe.slot_manager import record_layout
@@ -32,21 +29,6 @@ SHAPES = {
     ),
     "large": preset("gpt_oss_20b"),
 }
-
-
-class Shapes(wiring.Component):
-    """Blocks side by side, so that all shapes are one simulation."""
-
-    def __init__(self, blocks: dict[str, wiring.Component]) -> None:
-        self.blocks = blocks
-        super().__init__({name: Out(block.signature) for name, block in blocks.items()})
-
-    def elaborate(self, platform: object) -> Module:
-        m = Module()
-        for name, block in self.blocks.items():
-            m.submodules[name] = block
-            wiring.connect(m, wiring.flipped(getattr(self, name)), block)
-        return m
 
 
 # pytest ---------------------------------------------------------------------------------------

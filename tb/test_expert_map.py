@@ -18,13 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import cocotb
-from amaranth.hdl import Module
-from amaranth.lib import wiring
-from amaranth.lib.wiring import Out
 from cocotb.clock import Clock
 from cocotb.triggers import FallingEdge, ReadOnly
 
-from simulation import pack, run_bench, seeds, unpack
+from simulation import Shapes, pack, run_bench, seeds, unpack
 from stmoe.expert_map import ExpertMap, LaneState, lane_bits, slot_info_layout
 from stmoe_golden.config import EngineConfig, preset
 
@@ -35,21 +32,6 @@ SHAPES = {
     "large": preset("gpt_oss_20b"),
 }
 CYCLES = {"odd": 600, "single": 150, "large": 400}
-
-
-class Shapes(wiring.Component):
-    """Blocks side by side, so that all shapes are one simulation."""
-
-    def __init__(self, blocks: dict[str, wiring.Component]) -> None:
-        self.blocks = blocks
-        super().__init__({name: Out(block.signature) for name, block in blocks.items()})
-
-    def elaborate(self, platform: object) -> Module:
-        m = Module()
-        for name, block in self.blocks.items():
-            m.submodules[name] = block
-            wiring.connect(m, wiring.flipped(getattr(self, name)), block)
-        return m
 
 
 # pytest ---------------------------------------------------------------------------------------

@@ -11,13 +11,10 @@ from collections import Counter, deque
 from pathlib import Path
 
 import cocotb
-from amaranth.hdl import Module
-from amaranth.lib import wiring
-from amaranth.lib.wiring import Out
 from cocotb.clock import Clock
 from cocotb.triggers import FallingEdge, ReadOnly
 
-from simulation import pack, run_bench, seeds
+from simulation import Shapes, pack, run_bench, seeds
 from stmoe.payloads import selection_layout
 from stmoe.prefetch_queue import PrefetchQueue
 from stmoe_golden.config import EngineConfig, preset
@@ -29,21 +26,6 @@ SHAPES = {
     "large": preset("olmoe_1b_7b"),
 }
 CYCLES = 400
-
-
-class Shapes(wiring.Component):
-    """Blocks side by side, so that all shapes are one simulation."""
-
-    def __init__(self, blocks: dict[str, wiring.Component]) -> None:
-        self.blocks = blocks
-        super().__init__({name: Out(block.signature) for name, block in blocks.items()})
-
-    def elaborate(self, platform: object) -> Module:
-        m = Module()
-        for name, block in self.blocks.items():
-            m.submodules[name] = block
-            wiring.connect(m, wiring.flipped(getattr(self, name)), block)
-        return m
 
 
 # pytest ---------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def run(name: str, testcase: str, count: int = 3) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_decision_is_golden_and_no_slot_is_lost(name: str) -> None:
-    run(name, "every_decision_is_golden")
+    run(name, "every_decision_is_golden", 10)
 
 
 def test_pinned_slot_is_never_a_victim() -> None:

@@ -16,13 +16,10 @@ from pathlib import Path
 
 import cocotb
 import numpy as np
-from amaranth.hdl import Module
-from amaranth.lib import wiring
-from amaranth.lib.wiring import Out
 from cocotb.clock import Clock
 from cocotb.triggers import FallingEdge, ReadOnly
 
-from simulation import run_bench, seeds
+from simulation import Shapes, run_bench, seeds
 from stmoe.expert_map import LaneState
 from stmoe.victim_chooser import VictimChooser
 from stmoe_golden.buffer import BufferState, Lane, admits, evictable, lowest, value_of, victim
@@ -37,21 +34,6 @@ SHAPES = {
     "large": preset("gpt_oss_20b"),
 }
 SEARCHES = {"one_layer": 30, "one_expert": 40, "single": 40, "odd": 50, "small": 60, "large": 25}
-
-
-class Shapes(wiring.Component):
-    """Blocks side by side, so that all shapes are one simulation."""
-
-    def __init__(self, blocks: dict[str, wiring.Component]) -> None:
-        self.blocks = blocks
-        super().__init__({name: Out(block.signature) for name, block in blocks.items()})
-
-    def elaborate(self, platform: object) -> Module:
-        m = Module()
-        for name, block in self.blocks.items():
-            m.submodules[name] = block
-            wiring.connect(m, wiring.flipped(getattr(self, name)), block)
-        return m
 
 
 # pytest ---------------------------------------------------------------------------------------
