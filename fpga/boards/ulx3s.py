@@ -13,7 +13,7 @@ BOARDS = (
         capacity=Capacity(
             luts=83_640, registers=83_640, block_rams=208, block_ram_bits=18_432, multipliers=156
         ),
-        default_preset="gpt_oss_20b",
+        default_preset="tiny",
         clock_hz=37_500_000,
     ),
 )
