@@ -17,6 +17,7 @@ from cocotb.triggers import FallingEdge, RisingEdge
 from simulation import pack, run_bench, seeds, unpack
 from stmoe.payloads import selection_layout
 from stmoe.predictor import Predictor, route_layout, token_layout
+from stmoe.table_reader import table_index_layout
 from stmoe_golden.config import USE_BITS, EngineConfig, preset
 from stmoe_golden.predictor import Predictor as Golden
 from stmoe_golden.predictor import params_of
@@ -88,7 +89,7 @@ class TB:
         }
         self.driven: dict[str, int] = {}
         self.worst: dict[str, int] = {}
-        self.total_picks = 0
+        self.total_picks = self.total_weights = 0
         cocotb.start_soon(Clock(self.dut.clk, 10, unit="ns").start())
 
     def drive(self, name: str, value: int) -> None:
@@ -121,11 +122,12 @@ class TB:
         self.asked_before: tuple | None = None
         self.offered: int | None = None
         self.recent: list[int] = []
+        self.reading: tuple[int, int, int, int] | None = None
         for name in ("token__valid", "token__payload", "route__valid", "route__payload"):
             self.drive(name, 0)
         for name in ("commit_grant", "absent", "selected__ready", "victim_layer", "rst"):
             self.drive(name, int(name == "rst"))
-        for name in ("threshold", "learning", "ordered", "prefetching"):
+        for name in ("threshold", "learning", "ordered", "prefetching", "read_request"):
             self.drive(name, 0)
         for _ in range(3):
             await RisingEdge(self.dut.clk)
@@ -145,6 +147,8 @@ class TB:
         self.drive("token__valid", 0)
         await RisingEdge(self.dut.clk)
         self.sweep = list(range(self.config.num_layers))
+        # Some runs have no reads at all: they must not be what makes a run right.
+        self.asks, self.was_reading = seed % 4 != 0, 0
 
     async def cycle(self) -> None:
         """One cycle; checks what holds in every cycle."""
@@ -159,6 +163,7 @@ class TB:
             self.drive("learning", rng.getrandbits(1))
             self.drive("ordered", rng.getrandbits(1))
         self.drive("selected__ready", int(self.fast or rng.random() < 0.6))
+        self._ask_for_a_weight()
         expected, self.asked_before, self.asked = self.asked_before, self.asked, None
         # The port is the predictor's own in the cycle in which an event is taken.
         if not self.committing and self.now != self.taken and (self.sweep or rng.random() < 0.2):
@@ -179,11 +184,53 @@ class TB:
         if self.driven["commit_grant"]:
             self.asked = None  # so it is from the grant on
         self._check_picks()
+        read = self._check_weight()
         grant = self.driven["commit_grant"]
         await RisingEdge(self.dut.clk)
         self.now += 1
         if grant:
             self.drive("commit_grant", 0)
+        if read:
+            self.reading = None
+            self.drive("read_request", 0)
+        self.was_reading = self.driven["read_request"]
+
+    def _ask_for_a_weight(self) -> None:
+        """Software reads the tables while events go on; the index means nothing otherwise."""
+        rng, config = self.rng, self.config
+        if self.reading is not None:
+            return
+        experts = config.num_experts
+        table = rng.randrange(config.depth + 2)
+        # Mostly what has just been learnt.
+        expert = rng.choice(self.recent) if self.recent and rng.random() < 0.8 else 0
+        index = (table, rng.randrange(config.num_layers), expert, rng.randrange(experts))
+        layout = table_index_layout(config)
+        fields = dict(zip(("table", "layer", "expert", "lane"), index, strict=True))
+        self.drive("read_index", pack(layout, fields))
+        if rng.random() < 0.3 and self.asks:
+            self.reading = index
+            self.drive("read_request", 1)
+
+    def _check_weight(self) -> bool:
+        """The weight that is given is golden's, as of the last event that ended."""
+        valid = bool(self.read("read_valid"))
+        if not valid:
+            return False
+        assert self.was_reading, "a weight that was not asked for before"
+        table, layer, expert, lane = self.reading
+        state = self.golden.state
+        if table == 0:
+            wanted = state.bias[layer, lane]
+        elif table == 1:
+            wanted = state.temporal[layer, expert, lane]
+        else:
+            wanted = state.spatial[table - 2, layer, expert, lane]
+        value, bits = self.read("read_value"), self.config.bias_bits
+        got = value - (value >> (bits - 1) << bits)
+        assert got == wanted, f"weight {self.reading}: {got}, not {wanted}"
+        self.total_weights += got != 0
+        return True
 
     def _check_commit(self) -> None:
         """Grants a request after a random delay; its end is where golden changes."""
@@ -365,3 +412,4 @@ async def predictor_is_golden(dut, name: str) -> None:
             await tb.cycle()
     tb.log.warning("%s: %d picks; worst latencies: %s", name, tb.total_picks, tb.worst)
     assert tb.total_picks or not tb.config.look
+    assert tb.total_weights > 20, "hardly a weight was read"

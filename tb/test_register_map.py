@@ -62,6 +62,8 @@ OFFSETS = {
     "IRQ_ENABLE": 0x038,
     "CYCLE_LOW": 0x040,
     "CYCLE_HIGH": 0x044,
+    "TABLE_INDEX": 0x048,
+    "TABLE_VALUE": 0x04C,
     "COUNTER": 0x100,
     "QUOTA": 0x400,
     "SEGMENT_BASE_LOW": 0x4000,

@@ -29,6 +29,7 @@ from stmoe.axil_flat import connect_axil, flat_axil_ports
 from stmoe.payloads import segment_layout, segment_write_layout
 from stmoe.register_map import COUNTER_INDEX, COUNTERS, Access, quota_bits, registers
 from stmoe.registers import CounterBank, Registers
+from stmoe.table_reader import table_index_layout
 from stmoe_golden.config import EngineConfig, preset
 
 CONFIGS = {
@@ -138,8 +139,10 @@ class TB:
         self.rng = random.Random(0)
         self.stall_ready = 0.0
         self.cycle_moves = False  # a bench sets the cycle count
+        self.patient = True
         cocotb.start_soon(self._watch())
         cocotb.start_soon(self._take_segments())
+        cocotb.start_soon(self._give_weights())
 
     async def reset(self, seed: int, *, stalls: bool = True) -> None:
         """A new run: everything as after power-up, random stalls from ``seed``."""
@@ -187,6 +190,27 @@ class TB:
         while True:
             self.dut.segment_write__ready.value = self.rng.random() >= self.stall_ready
             await RisingEdge(self.dut.clk)
+
+    async def _give_weights(self) -> None:
+        """Answers requests for weights, now and then after so long that the reader gives up."""
+        dut = self.dut
+        while True:
+            dut.read_valid.value = 0
+            dut.read_value.value = self.rng.getrandbits(len(dut.read_value))
+            await RisingEdge(dut.clk)
+            if dut.read_request.value != 1:
+                continue
+            asked = int(dut.read_index.value)
+            for _ in range(self.rng.choice((0, 1, 4, 30)) if self.patient else 5000):
+                await RisingEdge(dut.clk)
+                if dut.read_request.value != 1:
+                    break
+            else:
+                assert int(dut.read_index.value) == asked, "the index moved while it was asked for"
+                dut.read_valid.value = 1
+                dut.read_value.value = weight_at(**unpack(table_index_layout(CONFIG), asked))
+                await RisingEdge(dut.clk)
+                assert dut.read_request.value == 1, "a request was withdrawn early"
 
     async def _watch(self) -> None:
         """Protocol and configuration rules; counts what happens."""
@@ -313,6 +337,11 @@ def signed32(value: int) -> int:
     return value - (1 << 32) if value >> 31 else value
 
 
+def weight_at(table: int, layer: int, expert: int, lane: int) -> int:
+    """Some number for each weight, as the port of the tables gives it: two's complement."""
+    return hash((table, layer, expert, lane)) & ((1 << CONFIG.bias_bits) - 1)
+
+
 def pack_quota(quotas) -> int:
     return sum(q << (i * quota_bits(CONFIG)) for i, q in enumerate(quotas))
 
@@ -333,6 +362,7 @@ class Model:
     def __init__(self) -> None:
         self.values = {"IRQ_STATUS": 0, "STATUS": 0, "SCRATCH": 0, "IRQ_ENABLE": 0}
         self.values["CONTROL"] = 7
+        self.values["TABLE_INDEX"] = 0
         self.values["THRESHOLD"] = (CONFIG.threshold * 4) & 0xFFFF_FFFF
         self.quota = [CONFIG.quota] * CONFIG.num_layers
         self.stage = dict.fromkeys(("LOW", "HIGH", "STRIDE", "BEATS"), 0)
@@ -362,8 +392,9 @@ class Model:
             return SLVERR
         if name in ("STATUS", "IRQ_STATUS"):
             self.values[name] &= ~(value & mask)
-        elif name in ("SCRATCH", "THRESHOLD", "CONTROL", "IRQ_ENABLE"):
-            used = {"CONTROL": 7, "IRQ_ENABLE": 31}.get(name, 0xFFFF_FFFF)
+        elif name in ("SCRATCH", "THRESHOLD", "CONTROL", "IRQ_ENABLE", "TABLE_INDEX"):
+            used = {"CONTROL": 7, "IRQ_ENABLE": 31, "TABLE_INDEX": 0x0FFF_FFFF}
+            used = used.get(name, 0xFFFF_FFFF)
             self.values[name] = merge(self.values[name]) & used
         elif name == "QUOTA":
             new = merge(self.quota[index[0]])
@@ -399,6 +430,17 @@ class Model:
             self.values["STATUS"] |= 2
             self.values["IRQ_STATUS"] |= 16
 
+    def weight(self) -> tuple[int, int]:
+        """A read of TABLE_VALUE: the weight, and the lane moves on."""
+        c, index = CONFIG, self.values["TABLE_INDEX"]
+        table, layer, expert, lane = index >> 24, index >> 16 & 255, index >> 8 & 255, index & 255
+        exists = table < c.depth + 2 and layer < c.num_layers and lane < c.num_experts
+        if not exists or expert >= (c.num_experts if table else 1):
+            return SLVERR, 0
+        self.values["TABLE_INDEX"] = index - lane + (lane + 1) % c.num_experts
+        value = weight_at(table, layer, expert, lane)
+        return OKAY, (value - ((value >> (c.bias_bits - 1)) << c.bias_bits)) & 0xFFFF_FFFF
+
     def read(self, address: int) -> tuple[int, int | None]:
         """(response, data); data is None when it is not for the model to say."""
         name, index = self.where.get(address & ~3, (None, ()))
@@ -406,6 +448,8 @@ class Model:
             return SLVERR, 0
         if name == "QUOTA":
             return OKAY, self.quota[index[0]]
+        if name == "TABLE_VALUE":
+            return self.weight()
         if name in self.values:
             return OKAY, self.values[name]
         if name in ("COUNTER", "CYCLE_LOW", "CYCLE_HIGH"):
@@ -439,6 +483,7 @@ async def reset_values(dut) -> None:
             "CYCLE_HIGH": 0,
         }
         expected = {MAP[name].at(): value for name, value in expected.items()}
+        expected[MAP["TABLE_INDEX"].at()] = 0
         expected |= {MAP["QUOTA"].at(i): c.quota for i in range(c.num_layers)}
         expected |= {MAP["COUNTER"].at(i): 0 for i in range(len(COUNTERS))}
         order = list(expected)
@@ -489,6 +534,10 @@ async def random_accesses(dut) -> None:
                         "QUOTA": rng.randrange(CONFIG.quota + 3),
                         "THRESHOLD": rng.randrange(-2000, 2000) & 0xFFFF_FFFF,
                         "COMMIT": 1,
+                        "TABLE_INDEX": rng.choice((0, 1 << 24, (CONFIG.depth + 1) << 24))
+                        | rng.randrange(CONFIG.num_layers) << 16
+                        | rng.randrange(CONFIG.num_experts) << 8
+                        | rng.randrange(CONFIG.num_experts),
                         "SEGMENT_BEATS": rng.randrange(CONFIG.expert_bytes >> 2),
                     }.get(name, value)
                 strobes = rng.choice((0xF, 0xF, rng.randrange(16)))
@@ -532,7 +581,42 @@ async def random_accesses(dut) -> None:
                 assert seen[register.name, kind, OKAY if allowed else SLVERR], register.name
         for kind in ("read", "write"):
             assert seen["unknown", kind, SLVERR] and not seen["unknown", kind, OKAY]
+        assert seen["TABLE_VALUE", "read", SLVERR] > 5 and seen["TABLE_VALUE", "read", OKAY] > 5
         assert seen["SEGMENT_BEATS", "write", SLVERR] and seen["STATUS", "read", OKAY]
+
+
+@bench
+async def a_row_reads_lane_by_lane(dut) -> None:
+    """One write of TABLE_INDEX, then every weight of a row, and the first again."""
+    tb = TB(dut)
+    for seed in SEEDS:
+        await tb.reset(seed)
+        rng, model = tb.rng, Model()
+        table = rng.randrange(CONFIG.depth + 2)
+        expert = rng.randrange(CONFIG.num_experts) if table else 0
+        index = table << 24 | rng.randrange(CONFIG.num_layers) << 16 | expert << 8
+        await tb.put("TABLE_INDEX", index)
+        model.values["TABLE_INDEX"] = index
+        for _ in range(CONFIG.num_experts + 1):
+            assert await tb.read(MAP["TABLE_VALUE"].at()) == model.weight()
+        assert await tb.get("TABLE_INDEX") == model.values["TABLE_INDEX"]
+
+
+@bench
+async def a_read_of_a_weight_gives_up_when_no_pause_comes(dut) -> None:
+    """After 4,096 cycles it answers SLVERR, the index stays, and the bus goes on."""
+    tb = TB(dut)
+    await tb.reset(SEEDS[0], stalls=False)
+    await tb.put("TABLE_INDEX", 1)
+    tb.patient = False
+    begun = int(dut.cycle.value)
+    assert await tb.read(MAP["TABLE_VALUE"].at()) == (SLVERR, 0)
+    assert 4096 <= int(dut.cycle.value) - begun < 4120
+    tb.patient = True
+    assert await tb.get("TABLE_INDEX") == 1
+    model = Model()
+    model.values["TABLE_INDEX"] = 1
+    assert await tb.read(MAP["TABLE_VALUE"].at()) == model.weight()
 
 
 @bench

@@ -112,6 +112,10 @@ class Engine(wiring.Component):
             predictor.learning.eq(registers.learning),
             predictor.ordered.eq(registers.ordered),
             predictor.prefetching.eq(registers.prefetching),
+            predictor.read_index.eq(registers.read_index),
+            predictor.read_request.eq(registers.read_request),
+            registers.read_valid.eq(predictor.read_valid),
+            registers.read_value.eq(predictor.read_value),
         ]
 
         connect(m, manager.start, dma.start)

@@ -16,6 +16,7 @@ from .learner import Learner, use_layout
 from .payloads import selection_layout
 from .score_memory import ScoreMemory, score_layout
 from .selector import Selector
+from .table_reader import TableReader, table_index_layout
 
 __all__ = ["Predictor", "route_layout", "token_layout"]
 
@@ -120,7 +121,7 @@ class Predictor(wiring.Component):
     a route, L + 4 after that of a new sequence and 3 after that of another token. The first pick
     is offered 5 + ceil(log2(E)) cycles after the grant of a route or token, two later after that
     of a new sequence, but not before the cycle after ``commit_done`` or before the rows are
-    corrected (which is later only where K > 6 + ceil(log2(E))); the others follow every second
+    corrected (which is later only where K > 5 + ceil(log2(E))); the others follow every second
     cycle.
 
     ``learning`` and ``ordered`` are sampled when a route is taken; ``threshold``,
@@ -153,6 +154,11 @@ class Predictor(wiring.Component):
         Lowest score that is picked, quarter units.
     learning, ordered, prefetching : In
         Rows learn; sets are in rank order; picks are made.
+    read_index, read_request : In
+        A weight that is wanted, stable until ``read_valid`` (:class:`.TableReader`).
+    read_valid, read_value : Out
+        The weight, as of all routes before and none after: it is read between two events. Comes
+        at least five cycles after the request, and not while an event is in progress.
     """
 
     def __init__(self, config: EngineConfig):
@@ -178,6 +184,10 @@ class Predictor(wiring.Component):
                 "learning": In(1),
                 "ordered": In(1),
                 "prefetching": In(1),
+                "read_index": In(table_index_layout(c)),
+                "read_request": In(1),
+                "read_valid": Out(1),
+                "read_value": Out(signed(c.bias_bits)),
             }
         )
 
@@ -229,7 +239,7 @@ class Predictor(wiring.Component):
 
         # Passes through the tables ---------------------------------------------------------------
         # What belongs to a step: the rows are presented in the cycle after it.
-        taken, fresh = Signal(), Signal()
+        idle, taken, fresh = Signal(), Signal(), Signal()
         rank = Signal(rank_bits)
         learn_pass, look_pass = Signal(), Signal()
         steps = [_gain_steps((1 << FRACTION_BITS,) * top_k), _gain_steps(c.gains)]
@@ -256,11 +266,12 @@ class Predictor(wiring.Component):
                 m.d.sync += learn_pass.eq(0)
 
         freshly = delayed(fresh, 2, "fresh")
-        learns = delayed(learn_pass, 2, "learn_pass")
+        learns = delayed(learn_pass, 3, "learn_pass")
         looks = delayed(look_pass, 1, "look_pass")
         loads = delayed(look_pass & first, 5, "load")
         adds = delayed(look_pass & add, 6, "add")
-        # A row that has just learned can be presented again five cycles later.
+        # A row that has just learned can be presented again five cycles later. The last one can
+        # be so by the time that the next event, or a read of the tables, may come.
         correcting = Signal()
         m.d.comb += correcting.eq(look_pass | Cat(learns).any())
 
@@ -279,8 +290,13 @@ class Predictor(wiring.Component):
                 row_sum.clear.eq(fresh | ~is_route),
             ]
             m.d.sync += [
-                lane.eq(Mux(learn_pass, learn_lane, look_lane)),
-                row_layer.eq(Mux(learn_pass, layer, target[d])),
+                # Between events it is the row that software reads.
+                lane.eq(
+                    Mux(learn_pass, learn_lane, Mux(look_pass, look_lane, self.read_index.expert))
+                ),
+                row_layer.eq(
+                    Mux(learn_pass, layer, Mux(look_pass, target[d], self.read_index.layer))
+                ),
             ]
             corrected = Signal(name=f"corrected_{d}")
             if d:
@@ -309,6 +325,17 @@ class Predictor(wiring.Component):
             learner.score.eq(scores.score),
             learner.use.eq(scores.use),
             learner.used.eq(used),
+        ]
+
+        m.submodules.reader = reader = TableReader(c)
+        m.d.comb += [
+            reader.bias.eq(bias.weights),
+            *(reader.weights[d].eq(table.weights) for d, table in enumerate(tables)),
+            reader.index.eq(self.read_index),
+            reader.request.eq(self.read_request),
+            reader.pause.eq(idle & ~taken),
+            self.read_valid.eq(reader.valid),
+            self.read_value.eq(reader.value),
         ]
 
         # Score rows, one a cycle: read, added to, written ---------------------------------------
@@ -346,7 +373,6 @@ class Predictor(wiring.Component):
                 m.d.sync += row[e].eq(scores.score[e] + part)
 
         finish, selecting = Signal(), Signal()
-        idle = Signal()
         m.d.comb += [
             finish.eq(last[2]),
             # Asked for a cycle ahead: the score memory has a register of its own for the address.
@@ -424,7 +450,7 @@ class Predictor(wiring.Component):
                     rank.eq(0),
                     step.eq(0),
                     turn.eq(0),
-                    bias_layer.eq(layer),
+                    bias_layer.eq(Mux(taken, layer, self.read_index.layer)),
                     self.select_layer.eq(target[min(1, ahead)]),
                 ]
                 with m.If(taken):

@@ -27,6 +27,7 @@ __all__ = [
     "COUNTERS",
     "COUNTER_INDEX",
     "IDENTITY",
+    "TABLE_PATIENCE",
     "VERSION",
     "Access",
     "Counter",
@@ -44,12 +45,15 @@ __all__ = [
 IDENTITY = int.from_bytes(b"STMO", "big")
 """What IDENTITY reads: ASCII 'STMO', 'S' in the most significant byte."""
 
-VERSION = (0, 1, 0)
+VERSION = (0, 2, 0)
 """Version of the register map: major (incompatible), minor (additions), patch."""
 
 WORD_BYTES = 4
 MAX_LAYERS = 256
 """Layers that every array of layers has room for (the most that ``num_layers`` allows)."""
+
+TABLE_PATIENCE = 4095
+"""Cycles that a read of TABLE_VALUE waits for a pause between events."""
 
 MAX_COUNTERS = 64
 """Counters that the array of counters has room for."""
@@ -449,6 +453,39 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
             0,
             (Field("cycle", 0, 8, ro, "bits 32 to 39 at the last read of CYCLE_LOW"),),
             "Upper part of the cycle count that CYCLE_LOW last read.",
+        ),
+        Register(
+            "TABLE_INDEX",
+            0x048,
+            rw,
+            0,
+            (
+                Field("lane", 0, 8, rw, "expert whose score the weight adds to"),
+                Field("expert", 8, 8, rw, "expert whose use it is: the row. 0 for table 0"),
+                Field("layer", 16, 8, rw, "layer whose score it is"),
+                Field(
+                    "table",
+                    24,
+                    4,
+                    rw,
+                    "0: bias. 1: temporal, `expert` of this layer's token before. 1 + d: "
+                    f"spatial, `expert` of d layers before, d = 1 to {config.depth}",
+                ),
+            ),
+            "Which weight of the predictor TABLE_VALUE reads.",
+        ),
+        Register(
+            "TABLE_VALUE",
+            0x04C,
+            ro,
+            0,
+            (Field("weight", 0, 32, ro, "signed, whole units"),),
+            "A weight of the correlation tables, read between two events: it holds all that was "
+            "learnt from the events before and nothing of later ones. Reading it moves "
+            "TABLE_INDEX.lane on by one, after the last lane to 0, so a row takes one write and "
+            "num_experts reads. Answers SLVERR, and moves nothing, when TABLE_INDEX names a "
+            f"weight that does not exist, or when no pause came in {TABLE_PATIENCE} cycles "
+            "(an event waits for the accelerator, say): read again then.",
         ),
         Register(
             "COUNTER",

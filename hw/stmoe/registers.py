@@ -16,12 +16,14 @@ from stmoe_golden.config import EngineConfig
 from .payloads import CYCLE_BITS, axi4_lite_signature, segment_write_layout
 from .register_map import (
     COUNTERS,
+    TABLE_PATIENCE,
     Access,
     addr_width,
     quota_bits,
     registers,
     threshold_reset,
 )
+from .table_reader import table_index_layout
 
 __all__ = ["CounterBank", "Registers"]
 
@@ -192,8 +194,9 @@ class Registers(wiring.Component):
     """The engine's registers: an AXI4-Lite subordinate for what ``register_map`` lists.
 
     One access at a time, reads and writes in turn when both wait; from its address to its answer
-    a read takes 4 cycles, a write 5, a counter's read up to ``len(COUNTERS)`` more, a COMMIT
-    ``num_layers + 2`` more; the first after reset waits ``num_layers`` cycles. AW and W are taken
+    a read takes 4 cycles, a write 5, a counter's read up to ``len(COUNTERS)`` more, a weight's as
+    long as the predictor takes (``TABLE_PATIENCE`` at most), a COMMIT ``num_layers + 2`` more; the
+    first after reset waits ``num_layers`` cycles. AW and W are taken
     together, when the write takes effect. Both wait while a commit is pending if the write is to a
     shadow register or to COMMIT; reads and other writes go on.
 
@@ -229,6 +232,10 @@ class Registers(wiring.Component):
         With ``committed``: the threshold will be another from the next cycle on.
     segment_write : :py:`Out(stream.Signature(segment_write_layout(config)))`
         New address segments.
+    read_index, read_request : Out
+        The weight that TABLE_VALUE wants; stable until ``read_valid``, or until it gives up.
+    read_valid, read_value : In
+        The weight. ``read_valid`` is low in the cycle in which ``read_request`` rises.
     increment : :py:`In(len(COUNTERS))`
         Bit i high: counter i (:data:`COUNTERS`) counts one event, in every cycle.
     initialised, busy : :py:`In(1)`
@@ -269,6 +276,10 @@ class Registers(wiring.Component):
                 "committed": Out(1),
                 "threshold_changed": Out(1),
                 "segment_write": Out(stream.Signature(segment_write_layout(config))),
+                "read_index": Out(table_index_layout(config)),
+                "read_request": Out(1),
+                "read_valid": In(1),
+                "read_value": In(signed(config.bias_bits)),
                 "increment": In(len(COUNTERS)),
                 "initialised": In(1),
                 "busy": In(1),
@@ -338,6 +349,7 @@ class Registers(wiring.Component):
             ("STATUS", "busy"): self.busy,
             ("CYCLE_LOW", "cycle"): self.cycle[:32],
             ("CYCLE_HIGH", "cycle"): cycle_high,
+            ("TABLE_VALUE", "weight"): self.read_value,
         }
         events = {  # what sets a W1C field
             ("STATUS", "commit_refused"): refused,
@@ -348,6 +360,7 @@ class Registers(wiring.Component):
             ("IRQ_STATUS", "commit_refused"): refused,
         }
         shown: dict[str, Signal] = {}  # what a read returns
+        kept_fields: dict[tuple[str, str], Value] = {}  # registers behind RW fields
         constants: dict[str, int] = {}  # of the registers that always read the same
         for name, register in table.items():
             if register.dims:
@@ -367,6 +380,7 @@ class Registers(wiring.Component):
                         field.width, init=reset, name=f"{name.lower()}_{field.name.lower()}"
                     )
                     if field.access is Access.RW:
+                        kept_fields[name, field.name] = value
                         store(value, field.lsb, write[name])
                     else:
                         cleared = write[name] & strobes[field.lsb // 8] & data_in[field.lsb]
@@ -433,6 +447,25 @@ class Registers(wiring.Component):
         # Write only, but a write may keep some of its bytes.
         shown["SEGMENT_BEATS"] = stage.value.beats
 
+        # The tables ----------------------------------------------------------------------------
+
+        wanted = {f.name: kept_fields["TABLE_INDEX", f.name] for f in table["TABLE_INDEX"].fields}
+        limits = {
+            "table": config.depth + 2,
+            "layer": config.num_layers,
+            "expert": Mux(wanted["table"] == 0, 1, config.num_experts),
+            "lane": config.num_experts,
+        }
+        weight_exists = Signal()
+        m.d.sync += weight_exists.eq(Cat(wanted[n] < limit for n, limit in limits.items()).all())
+        m.d.comb += [self.read_index[name].eq(wanted[name]) for name in limits]
+        patience = Signal(range(TABLE_PATIENCE + 1))
+        reading = hit["TABLE_VALUE"] & ~writing & weight_exists & (state == _State.FETCH)
+        m.d.comb += self.read_request.eq(reading)
+        m.d.sync += patience.eq(Mux(reading, patience + 1, 0))
+        table_answer = ~hit["TABLE_VALUE"] | ~weight_exists | self.read_valid
+        table_answer |= patience == TABLE_PATIENCE
+
         # The bus -------------------------------------------------------------------------------
 
         held = Signal()
@@ -480,7 +513,8 @@ class Registers(wiring.Component):
                         Mux(
                             writing,
                             any_hit(n for n in table if table[n].writable),
-                            any_hit(n for n in table if table[n].readable),
+                            any_hit(n for n in table if table[n].readable and n != "TABLE_VALUE")
+                            | (hit["TABLE_VALUE"] & weight_exists & self.read_valid),
                         )
                     ),
                 ]
@@ -488,7 +522,7 @@ class Registers(wiring.Component):
                     m.d.sync += state.eq(_State.IDLE)
                 with m.Elif(writing):
                     m.d.sync += state.eq(_State.MERGE)
-                with m.Elif(~hit["COUNTER"] | (counters.valid & fetched)):
+                with m.Elif((~hit["COUNTER"] | (counters.valid & fetched)) & table_answer):
                     m.d.sync += state.eq(_State.FINISH)
                 with m.If(~writing & hit["CYCLE_LOW"]):
                     m.d.sync += cycle_high.eq(self.cycle[32:])
@@ -508,6 +542,10 @@ class Registers(wiring.Component):
                     m.d.comb += answer_write.eq(0)
                     m.d.sync += state.eq(_State.CHECK)
                 m.d.sync += [scan.eq(0), total.eq(config.top_k), quota_bad.eq(0)]
+                with m.If(~writing & hit["TABLE_VALUE"] & legal):
+                    m.d.sync += wanted["lane"].eq(
+                        Mux(wanted["lane"] == config.num_experts - 1, 0, wanted["lane"] + 1)
+                    )
             with m.Case(_State.CHECK):
                 m.d.sync += [scan.eq(scan + 1), addend.eq(quota_read.data)]
                 with m.If(scan < config.num_layers):

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Takes one weight out of the predictor's tables, for software to read."""
+
+from __future__ import annotations
+
+from amaranth.hdl import Array, Module, Signal, signed, unsigned
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from stmoe_golden.config import EngineConfig
+
+__all__ = ["TableReader", "table_index_layout"]
+
+TABLE_BITS = 3
+"""Of a table's number: bias, temporal, and up to six spatial tables."""
+
+
+def table_index_layout(config: EngineConfig) -> data.StructLayout:
+    """Which weight: ``table`` 0 is bias, 1 temporal, 1 + d the spatial table of distance d.
+
+    Of ``table``, the row of ``expert`` in ``layer`` (bias has one row for a layer), and of that
+    row the lane. All must exist.
+    """
+    lane = max(1, (config.num_experts - 1).bit_length())
+    return data.StructLayout(
+        {"table": TABLE_BITS, "layer": config.layer_bits, "expert": lane, "lane": lane}
+    )
+
+
+class TableReader(wiring.Component):
+    """Picks a weight from the rows that the tables give, in two registered steps.
+
+    Whoever owns the tables presents the row that ``index`` names in the cycle after each cycle
+    with ``pause``; it is at the inputs two cycles later. ``valid`` comes five cycles after a cycle
+    with ``pause``, if ``request`` was high in all of them.
+
+    Parameters
+    ----------
+    config : :class:`EngineConfig`
+
+    Members
+    -------
+    bias : In
+        Row of the bias table.
+    weights : In
+        Rows of the temporal table and of spatial tables 1 to D.
+    index : In
+        Stable while ``request``.
+    request : In
+        Stays until ``valid``.
+    pause : In
+        The row that is presented next may be ours, and what is read of it is settled.
+    valid : Out
+        ``value`` is the weight.
+    value : Out
+        Signed: a weight, or a bias.
+    """
+
+    def __init__(self, config: EngineConfig):
+        if not isinstance(config, EngineConfig):
+            raise TypeError(f"config must be an EngineConfig, not {config!r}")
+        self.config = c = config
+        row = data.ArrayLayout(signed(c.weight_bits), c.num_experts)
+        super().__init__(
+            {
+                "bias": In(data.ArrayLayout(signed(c.bias_bits), c.num_experts)),
+                "weights": In(data.ArrayLayout(row, c.depth + 1)),
+                "index": In(table_index_layout(c)),
+                "request": In(1),
+                "pause": In(1),
+                "valid": Out(1),
+                "value": Out(signed(c.bias_bits)),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        c = self.config
+        picked = []
+        for table, row in enumerate([self.bias, *(self.weights[d] for d in range(c.depth + 1))]):
+            lane = Signal(signed(c.weight_bits if table else c.bias_bits), name=f"picked_{table}")
+            m.d.sync += lane.eq(Array(row[e] for e in range(c.num_experts))[self.index.lane])
+            picked.append(lane)
+        with m.Switch(self.index.table):
+            for table, lane in enumerate(picked):
+                with m.Case(table):
+                    m.d.sync += self.value.eq(lane)
+        # Row presented, at the RAM's register, at the table's, lane picked, table picked.
+        steps = Signal(unsigned(5))
+        with m.If(self.request & ~self.valid):
+            m.d.sync += steps.eq(steps << 1 | self.pause)
+        with m.Else():
+            m.d.sync += steps.eq(0)
+        m.d.comb += self.valid.eq(steps[-1] & self.request)
+        return m
