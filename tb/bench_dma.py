@@ -90,10 +90,15 @@ class DmaBench(wiring.Component):
         started = Signal(range(EXPERTS + 1))
         completed = Signal(range(EXPERTS + 1))
         load = scheduler.start.payload
+        shown_layer = Signal.like(load.layer)  # a load's layer is shown a cycle before it starts
+        m.d.sync += shown_layer.eq(load.layer)
         m.d.comb += [
             load.prefetch.eq(self.prefetch),
             scheduler.start.valid.eq(
-                self.go & (started != EXPERTS) & (scheduler.prefetch_ready | ~self.prefetch)
+                self.go
+                & (started != EXPERTS)
+                & (scheduler.prefetch_ready | ~self.prefetch)
+                & (shown_layer == load.layer)
             ),
             load.layer.eq(started[config.expert_bits - 1 :]),
             load.expert.eq(started[: config.expert_bits - 1]),

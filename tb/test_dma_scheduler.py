@@ -550,6 +550,7 @@ class Bench:
         self.memory: dict[int, list[Burst]] = {}
         self.r: dict | None = None
         self.pending: dict | None = None
+        self.shown_layer: int | None = None
         self.seen: dict = {}
 
     def next_r(self, *, latency_over, gap: float, mix: float, errors: float):
@@ -588,14 +589,19 @@ class Bench:
         completion_ready: int = 1,
         latency: int = 1,
     ) -> dict:
-        """One cycle. A ``start`` is held until it is taken, an announced load stands on
-        ``start`` without being valid; returns what was seen."""
+        """One cycle. A ``start`` is held until it is taken; its layer stands there for a cycle
+        before it is valid, as the contract has it. An announced load stands on ``start`` without
+        being valid. Returns what was seen."""
         ref = self.reference
         if self.pending is None:
             self.pending = start
+        shown = self.pending or announce
+        valid = self.pending is not None and self.pending["layer"] == self.shown_layer
+        if shown:
+            self.shown_layer = shown["layer"]
         r = self.r or {"id": 0, "data": 0, "resp": 0, "last": 0, "load": None}
         i = {
-            "start_valid": self.pending is not None,
+            "start_valid": valid,
             "start": self.pending,
             "promote": promote is not None,
             "promote_transfer": promote,
@@ -609,8 +615,8 @@ class Bench:
             "completion_ready": completion_ready,
         }
         self.drive("start__valid", int(i["start_valid"]))
-        if self.pending or announce:
-            self.drive("start__payload", self.load_fields.pack(**(self.pending or announce)))
+        if shown:
+            self.drive("start__payload", self.load_fields.pack(**shown))
         self.drive("promote", int(i["promote"]))
         self.drive("promote_transfer", promote or 0)
         self.drive("cancel", int(i["cancel"]))
@@ -632,7 +638,8 @@ class Bench:
             ref.step(i, o)
         except AssertionError as error:
             raise AssertionError(f"cycle {ref.now}: {error}") from error
-        if i["start_valid"] and o["start_ready"]:
+        o["started"] = i["start_valid"] and o["start_ready"]
+        if o["started"]:
             self.pending = None
         if i["r_valid"] and o["r_ready"]:
             self.r = None
@@ -768,7 +775,7 @@ async def random_loads(dut):
         bench = Bench(dut, config, rng)
         await bench.reset(random_tables(config, rng))
         try:
-            await random_traffic(bench, 1000)
+            await random_traffic(bench, 1500)
         except AssertionError as error:
             raise AssertionError(f"SEED={seed}: {error}") from error
         for what, count in bench.reference.count.items():
@@ -815,14 +822,15 @@ class Scene:
         announced: int | None = None,
     ) -> int:
         """Start a load; returns its transfer, in the cycle after the handshake. ``announced`` is
-        the layer on ``start`` in the cycle before, where the rest differs."""
+        the layer on ``start`` in the two cycles before, where the rest differs."""
         load = {"prefetch": prefetch, "layer": layer, "expert": expert, "slot": slot}
         if announced is not None:
             other = {"prefetch": 1 - prefetch, "expert": expert ^ 1, "slot": slot ^ 1}
-            await self.cycle(announce={**other, "layer": announced})
+            for _ in range(2):
+                await self.cycle(announce={**other, "layer": announced})
         for _ in range(100):
             seen = await self.cycle(start=load)
-            if seen["start_ready"]:
+            if seen["started"]:
                 return seen["start_transfer"]
         raise AssertionError("a load was not taken within 100 cycles")
 
@@ -861,7 +869,7 @@ async def scene_of(dut, *layers) -> Scene:
 @cocotb.test(timeout_time=10, timeout_unit="ms")
 async def first_address(dut):
     """An address stands on the bus three cycles after the start of a load whose layer stood there
-    before, else four; also if a prefetch is waiting."""
+    for two cycles before, else four; also if a prefetch is waiting."""
     scene = await scene_of(dut, ((3, 20),), ((0, 1), (0, 0), (5, 7)), ((509, 100),))
 
     async def cycles_to_address(transfer: int) -> int:
@@ -1197,6 +1205,7 @@ async def axi_ram(dut):
         dut.start__payload.value = load_fields.pack(
             prefetch=number % 2, layer=layer, expert=expert, slot=number % config.num_slots
         )
+        await FallingEdge(dut.clk)
         dut.start__valid.value = 1
         dut.completion__ready.value = 1
         ram.reads.clear()

@@ -39,7 +39,7 @@ class BurstSplitter(wiring.Component):
     A layer's rows may change only while none of its loads has bursts left to issue.
 
     Timing: a load that is started in cycle c with ``start_next`` has its address on the bus in
-    cycle c+3 when ``start_layer`` was the same in cycle c-1, else in c+4; unless in cycle c an
+    cycle c+3 when ``start_layer`` was the same in cycle c-2 already, else in c+4; unless in cycle c an
     address may be presented or the segment table is read for another load. The bursts of a
     segment follow each other every two cycles, a further segment costs three more, a change to
     another transfer up to nine.
@@ -53,11 +53,12 @@ class BurstSplitter(wiring.Component):
     segment_write : :py:`In(stream.Signature(segment_write_layout(config)))`
         Always ready.
     start, start_transfer, start_layer, start_expert : :py:`In`
-        One cycle: this transfer is a new load of this expert.
+        One cycle: this transfer is a new load of this expert. ``start_layer`` was the same in
+        the cycle before, whether anything was started in it or not.
     start_next : :py:`In(1)`
         With ``start``: it is the one that will be wanted in the next cycle.
     start_empty : :py:`Out(1)`
-        Combinational from ``start_layer``: the layer has no beats.
+        A register's output: the ``start_layer`` of the cycle before has no beats.
     begin : :py:`In(transfers)`
         Transfers that are at their start: nothing of them has been presented.
     wanted_valid, wanted : :py:`In`
@@ -139,6 +140,13 @@ class BurstSplitter(wiring.Component):
                 Cat(self.segment_write.valid & (written.segment == i) for i in range(NUM_SEGMENTS))
             ),
             uses_read.addr.eq(self.start_layer),
+        ]
+        # What is started next is known a cycle before, so the table never waits for logic.
+        near_layer = Signal(config.layer_bits)
+        near_uses = Signal(NUM_SEGMENTS)
+        m.d.sync += [
+            near_layer.eq(self.start_layer),
+            near_uses.eq(uses_read.data),
             self.start_empty.eq(uses_read.data == 0),
         ]
 
@@ -194,31 +202,32 @@ class BurstSplitter(wiring.Component):
             loads_write.addr.eq(self.start_transfer),
             loads_write.data.layer.eq(self.start_layer),
             loads_write.data.expert.eq(self.start_expert),
-            loads_write.data.segments.eq(uses_read.data),
+            loads_write.data.segments.eq(near_uses),
             loads_write.en.eq(self.start),
             loads_read.addr.eq(current),
             progress_read.addr.eq(current),
         ]
 
-        # The table is read for the load in hand, or else for one that may start: in the cycle
-        # before it does, its row is on the way already.
+        # The table is read for the load in hand, or else for one that may start: when it does, its
+        # row is on the way already.
         row_layer = Signal(config.layer_bits)
         row_segments = Signal(NUM_SEGMENTS)
         row_segment = Signal(range(NUM_SEGMENTS))
         m.d.comb += [
-            row_layer.eq(Mux(look_up, loads_read.data.layer, self.start_layer)),
-            row_segments.eq(Mux(look_up, segments, uses_read.data)),
+            row_layer.eq(Mux(look_up, loads_read.data.layer, near_layer)),
+            row_segments.eq(Mux(look_up, segments, near_uses)),
             rows_read.addr.eq(Cat(row_segment, row_layer)[:row_bits]),
         ]
         row = Signal(row_layout)
         row_is_of = Signal(config.layer_bits)  # the row that the table puts out is its first
-        row_is_known = Signal()
+        row_is_known, written_before = Signal(), Signal()
         m.d.sync += [
             row.eq(rows_read.data),
-            row_is_of.eq(self.start_layer),
-            row_is_known.eq(~look_up & ~self.segment_write.valid),
+            row_is_of.eq(near_layer),
+            written_before.eq(self.segment_write.valid),
+            row_is_known.eq(~look_up & ~self.segment_write.valid & ~written_before),
         ]
-        announced = row_is_known & (row_is_of == self.start_layer)
+        announced = row_is_known & (row_is_of == near_layer)
         for i in reversed(range(NUM_SEGMENTS)):
             with m.If(row_segments[i]):
                 m.d.comb += row_segment.eq(i)
@@ -330,7 +339,7 @@ class BurstSplitter(wiring.Component):
                 multiply.eq(announced),
                 current.eq(self.start_transfer),
                 expert.eq(self.start_expert),
-                segments.eq(_without_lowest(uses_read.data)),
+                segments.eq(_without_lowest(near_uses)),
             ]
         with m.Elif(switch):
             m.d.sync += [

@@ -120,8 +120,9 @@ class DmaScheduler(wiring.Component):
         A load that has a slot. Not taken while all transfers are in use, in a cycle with
         ``promote`` or just before a load starts again, and (a prefetch) while another prefetch has
         bursts left to issue. The beats of its layer's segments together fit in the slot.
+        ``start.payload.layer`` must have been the same in the cycle before ``start.valid`` rises.
         Taken in cycle c, with nothing else that wants the bus: ``axi.ar.valid`` in cycle c+3 if
-        ``start.payload.layer`` was the same in cycle c-1 (``start.valid`` or not), else in c+4.
+        the layer was the same in cycle c-2 already, else in c+4.
     start_transfer : :py:`Out(transfer_bits)`
         Index that the load gets if it is taken in this cycle; a register's output.
     promote, promote_transfer : :py:`In(1)`, :py:`In(transfer_bits)`

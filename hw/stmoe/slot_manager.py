@@ -635,8 +635,6 @@ class SlotManager(wiring.Component):
                 # The first operation that is possible is chosen now and begun in the next cycle.
                 # What makes it possible stays so until then, but for one case of a token.
                 m.d.sync += [op_layer.eq(load_layer), op_expert.eq(load_expert)]
-                # A cycle ahead, for the DMA scheduler to read the segment table.
-                m.d.comb += self.start.payload.layer.eq(load_layer)
                 possible = {
                     Operation.COMPLETION: self.completion.valid,
                     Operation.DEMAND: demanding & ~demand_blocked & self.start.ready,
@@ -739,6 +737,8 @@ class SlotManager(wiring.Component):
                                 & ~Cat(*duplicates, Const(0, 1)).any()
                             ),
                             event_next.eq(route_set),
+                            # A legal one is of this layer: the DMA scheduler reads its segments.
+                            op_layer.eq(expected_layer),
                         ]
                         m.next = "ROUTE"
 
@@ -1012,9 +1012,7 @@ class SlotManager(wiring.Component):
                         *emit(EventKind.ROUTE, layer=route.layer, data=route.experts.as_value()),
                     ]
                     last = route.layer == layers - 1
-                    m.d.comb += self.start.payload.layer.eq(route.layer)
                     m.d.sync += [
-                        op_layer.eq(route.layer),
                         event_layer.eq(route.layer),
                         event_set.eq(event_next),
                         row_taken.eq(table.row),
