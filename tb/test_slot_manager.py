@@ -234,6 +234,7 @@ class TB:
             await RisingEdge(dut.clk)
         dut.rst.value = 0
         self.cycle = 0
+        self.shown_layer = None
         self.boxes = {n: Inbox() for n in ("tokens", "routes", "releases", "grants")}
         self.rows = Rows(self.rng)
         self.layer_asked = 0
@@ -325,6 +326,10 @@ class TB:
                 self.due.append([cycle + self.rng.randint(*self.knobs.use), grant["slot"]])
         completed = self.offered.pop("completion") if self.took("completion") else None
         started = None
+        shown = unpack(LOAD, self.get("start__payload"))["layer"]
+        if self.get("start__valid"):
+            assert shown == self.shown_layer, "the layer of a load came with it, not before"
+        self.shown_layer = shown
         if self.took("start"):
             started = unpack(LOAD, self.get("start__payload"))
             started["transfer"] = self.values["start_transfer"]
