@@ -38,7 +38,9 @@ from stmoe_golden.checker import Checker, Kind, Record, Segment, Settings
 from stmoe_golden.config import FRACTION_BITS, NUM_SEGMENTS, EngineConfig, preset
 
 CONFIGS = {
-    "tiny": preset("tiny").replace(expert_bytes=256, event_depth=64, watchdog_cycles=1024),
+    "tiny": preset("tiny").replace(
+        expert_bytes=256, event_depth=64, watchdog_cycles=1024, gate_window=4, gate_patience=16
+    ),
     # As few slots as there may be: what one event needs.
     "least_slots": EngineConfig(
         num_layers=3, num_experts=5, quota=0, staging=2, expert_bytes=128, max_burst=4
@@ -51,7 +53,18 @@ CONFIGS = {
     "all_experts": EngineConfig(
         num_layers=2, num_experts=3, top_k=3, quota=1, staging=4, expert_bytes=128
     ),
-    "wide": EngineConfig(axi_data_width=128, max_burst=16, expert_bytes=512, quota=1, staging=6),
+    "wide": EngineConfig(
+        axi_data_width=128,
+        max_burst=16,
+        expert_bytes=512,
+        quota=1,
+        staging=6,
+        admission_bonus=0,
+        adaptive=False,
+        gate_window=8,
+        gate_levels=3,
+        gate_step=100,
+    ),  # fmt: skip
 }
 
 WATCHED = (
@@ -526,7 +539,7 @@ class TB:
         )
         if legal:
             self.settings.append(
-                Settings(threshold, quota, bool(control & 1), bool(control & 2), bool(control & 4))
+                Settings(threshold, quota, *(bool(control >> bit & 1) for bit in range(4)))
             )
         self.taken["legal commit" if legal else "refused commit"] += 1
         await self.put("COMMIT", 1)
@@ -550,7 +563,7 @@ class TB:
                 quota[rng.randrange(CONFIG.num_layers)] += spare + 1
             elif fault == 1:
                 threshold = rng.choice((-limit - 1, limit, 1 << 30))
-            control = 7 if rng.random() < 0.5 else rng.randrange(8)
+            control = 15 if rng.random() < 0.5 else rng.randrange(16)
             await self.commit(control, threshold, quota)
 
     # End ---------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def test_reset_values_come_from_the_configuration(config: EngineConfig) -> None:
     reset = {r.name: r.reset for r in registers(config)}
     assert reset["IDENTITY"].to_bytes(4, "big") == b"STMO"
     assert reset["CAPABILITY0"] == config.num_layers | config.num_experts << 16
-    assert reset["CONTROL"] == 7
+    assert reset["CONTROL"] == 7 | config.adaptive << 3
     assert reset["QUOTA"] == config.quota < 1 << quota_bits(config)
     assert reset["THRESHOLD"] == 4 * config.threshold % (1 << 32)
     assert threshold_reset(config) == 4 * config.threshold

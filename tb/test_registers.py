@@ -46,6 +46,7 @@ CONFIGS = {
         expert_bytes=1040,
         weight_bits=6,
         threshold=-20,
+        adaptive=False,
     ),
 }
 
@@ -182,6 +183,7 @@ class TB:
             int(dut.prefetching.value),
             int(dut.learning.value),
             int(dut.ordered.value),
+            int(dut.adaptive.value),
             dut.threshold.value.to_signed(),
             int(dut.quota.value),
         )
@@ -361,7 +363,7 @@ class Model:
 
     def __init__(self) -> None:
         self.values = {"IRQ_STATUS": 0, "STATUS": 0, "SCRATCH": 0, "IRQ_ENABLE": 0}
-        self.values["CONTROL"] = 7
+        self.values["CONTROL"] = 7 | CONFIG.adaptive << 3
         self.values["TABLE_INDEX"] = 0
         self.values["THRESHOLD"] = (CONFIG.threshold * 4) & 0xFFFF_FFFF
         self.quota = [CONFIG.quota] * CONFIG.num_layers
@@ -377,6 +379,7 @@ class Model:
             control & 1,
             control >> 1 & 1,
             control >> 2 & 1,
+            control >> 3 & 1,
             signed32(self.values["THRESHOLD"]),
             pack_quota(self.quota),
         )
@@ -393,7 +396,7 @@ class Model:
         if name in ("STATUS", "IRQ_STATUS"):
             self.values[name] &= ~(value & mask)
         elif name in ("SCRATCH", "THRESHOLD", "CONTROL", "IRQ_ENABLE", "TABLE_INDEX"):
-            used = {"CONTROL": 7, "IRQ_ENABLE": 31, "TABLE_INDEX": 0x0FFF_FFFF}
+            used = {"CONTROL": 15, "IRQ_ENABLE": 31, "TABLE_INDEX": 0x0FFF_FFFF}
             used = used.get(name, 0xFFFF_FFFF)
             self.values[name] = merge(self.values[name]) & used
         elif name == "QUOTA":
@@ -424,7 +427,7 @@ class Model:
     def commit(self) -> None:
         if legal(signed32(self.values["THRESHOLD"]), self.quota):
             self.commits += 1
-            self.threshold_changes += self.active[3] != self._shadow()[3]
+            self.threshold_changes += self.active[4] != self._shadow()[4]
             self.active = self._shadow()
         else:
             self.values["STATUS"] |= 2
@@ -464,7 +467,14 @@ async def reset_values(dut) -> None:
     for seed in SEEDS:
         await tb.reset(seed)
         c = CONFIG
-        assert tb.active() == (1, 1, 1, c.threshold * 4, pack_quota([c.quota] * c.num_layers))
+        assert tb.active() == (
+            1,
+            1,
+            1,
+            c.adaptive,
+            c.threshold * 4,
+            pack_quota([c.quota] * c.num_layers),
+        )
         expected = {
             "IDENTITY": int.from_bytes(b"STMO", "big"),
             "CAPABILITY0": c.num_layers | c.num_experts << 16,
@@ -474,7 +484,7 @@ async def reset_values(dut) -> None:
             "CAPABILITY4": c.score_bits | 30 << 8 | 4 << 16,
             "CAPABILITY5": c.expert_bytes,
             "SCRATCH": 0,
-            "CONTROL": 7,
+            "CONTROL": 7 | c.adaptive << 3,
             "THRESHOLD": c.threshold * 4 & 0xFFFF_FFFF,
             "COMMIT": 0,
             "STATUS": 0,
@@ -631,7 +641,7 @@ async def commits_are_atomic(dut) -> None:
         rng = tb.rng
         for _ in range(8):
             before = tb.active()
-            control = rng.randrange(8)
+            control = rng.randrange(16)
             # Sums right at the limit, ranges right at their ends.
             total = min(
                 rng.choice((spare, spare, spare + 1, 0, rng.randrange(spare))),
@@ -646,7 +656,7 @@ async def commits_are_atomic(dut) -> None:
                 quotas = [0] * CONFIG.num_layers
                 quotas[rng.randrange(len(quotas))] = CONFIG.num_experts + 1
                 written = [q and rng.choice((q, 1 << 31, 256, 0x100 | q)) for q in quotas]
-            threshold = rng.choice((-limit, limit - 1, rng.randrange(-limit, limit), before[3]))
+            threshold = rng.choice((-limit, limit - 1, rng.randrange(-limit, limit), before[4]))
             if rng.random() < 0.25:
                 threshold = rng.choice((-limit - 1, limit, (1 << 31) - 1, -(1 << 31)))
             writes = [("CONTROL", control), ("THRESHOLD", threshold)]
@@ -681,10 +691,10 @@ async def commits_are_atomic(dut) -> None:
             assert tb.active() == before
             await tb.grant(0)
             await tb.cycles(2)
-            after = (control & 1, control >> 1 & 1, control >> 2, threshold)
+            after = (*(control >> bit & 1 for bit in range(4)), threshold)
             assert tb.active() == (*after, pack_quota(quotas))
             assert tb.commits == commits + 1
-            assert tb.threshold_changes == changes + (threshold != before[3])
+            assert tb.threshold_changes == changes + (threshold != before[4])
             assert await tb.get("STATUS") & 3 == 0
     if len(SEEDS) > 1:
         assert all(outcomes[reason] for reason in (0, 1, 2, "legal")), outcomes
@@ -722,14 +732,14 @@ async def shadow_writes_wait_for_a_pending_commit(dut) -> None:
         assert not waiting.done() and tb.active() == before
         await tb.grant(0)
         await tb.cycles(2)
-        assert tb.active() == (1, 1, 1, 100 + seed, before[4])
+        assert tb.active() == (*before[:4], 100 + seed, before[5])
         await waiting
         if late[0] != "COMMIT":
             assert await tb.get(*late[:-1]) == late[-1]
-        assert tb.active() == (1, 1, 1, 100 + seed, before[4])
+        assert tb.active() == (*before[:4], 100 + seed, before[5])
         await tb.put("COMMIT", 1)
         cocotb.start_soon(tb.grant(0))
-        await tb.put("CONTROL", 7)  # its answer comes after the grant
+        await tb.put("CONTROL", 15)  # its answer comes after the grant
         await tb.cycles(2)
         quotas = [CONFIG.quota] * CONFIG.num_layers
         if late[0] == "QUOTA":
@@ -738,6 +748,7 @@ async def shadow_writes_wait_for_a_pending_commit(dut) -> None:
             1,
             int(late[0] != "CONTROL"),
             1,
+            int(late[0] != "CONTROL" and CONFIG.adaptive),
             7 if late[0] == "THRESHOLD" else 100 + seed,
             pack_quota(quotas),
         )

@@ -44,10 +44,16 @@ from stmoe_golden.config import USE_BITS, EngineConfig
 
 CONFIGS = {
     # Few slots: pinned, loading and draining ones fill the buffer again and again.
-    "crowded": EngineConfig(num_layers=3, num_experts=6, quota=0, staging=4, expert_bytes=16),
-    "quotas": EngineConfig(num_layers=4, num_experts=5, top_k=3, quota=2, expert_bytes=16),
+    "crowded": EngineConfig(
+        num_layers=3, num_experts=6, quota=0, staging=4, expert_bytes=16, gate_window=4
+    ),
+    "quotas": EngineConfig(
+        num_layers=4, num_experts=5, top_k=3, quota=2, expert_bytes=16, gate_window=4
+    ),
     # A queue so long that flushing it outlasts a commit.
-    "long_queue": EngineConfig(num_layers=2, num_experts=24, select_max=24, expert_bytes=16),
+    "long_queue": EngineConfig(
+        num_layers=2, num_experts=24, select_max=24, expert_bytes=16, gate_window=4
+    ),
 }
 
 
@@ -227,6 +233,7 @@ class TB:
         names += ["grant__ready", "predictor_token__ready", "predictor_route__ready"]
         for name in names:
             self.set(name, 0)
+        self.set("adaptive", 1)
         width = len(dut.quota) // CONFIG.num_layers
         self.set("quota", sum(CONFIG.quota << width * i for i in range(CONFIG.num_layers)))
         dut.rst.value = 1
@@ -536,7 +543,16 @@ async def every_decision_is_golden(dut) -> None:
         await tb.run()
         seen += tb.seen
     if len(SEEDS) > 1:
-        for kind in ("CANCEL", "PROMOTE", "DROP", "ERROR", "DRAINED", "ILLEGAL", "FILL_DONE"):
+        for kind in (
+            "CANCEL",
+            "PROMOTE",
+            "DROP",
+            "ERROR",
+            "DRAINED",
+            "ILLEGAL",
+            "FILL_DONE",
+            "THRESHOLD",
+        ):
             assert seen[kind] > 2, f"{kind} is not covered: {seen}"
 
 

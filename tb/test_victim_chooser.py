@@ -23,14 +23,14 @@ from simulation import Shapes, run_bench, seeds
 from stmoe.expert_map import LaneState
 from stmoe.victim_chooser import VictimChooser
 from stmoe_golden.buffer import BufferState, Lane, admits, evictable, lowest, value_of, victim
-from stmoe_golden.config import USE_BITS, EngineConfig, preset
+from stmoe_golden.config import FRACTION_BITS, USE_BITS, EngineConfig, preset
 
 SHAPES = {
     "one_layer": EngineConfig(num_layers=1, num_experts=6, use_shift=6),
     "one_expert": EngineConfig(num_layers=3, num_experts=1, top_k=1, quota=1),
-    "single": EngineConfig(num_layers=1, num_experts=1, top_k=1, quota=1),
-    "odd": EngineConfig(num_layers=4, num_experts=13, top_k=3, use_shift=0),
-    "small": EngineConfig(num_layers=5, num_experts=6),
+    "single": EngineConfig(num_layers=1, num_experts=1, top_k=1, quota=1, admission_bonus=0),
+    "odd": EngineConfig(num_layers=4, num_experts=13, top_k=3, use_shift=0, admission_bonus=0),
+    "small": EngineConfig(num_layers=5, num_experts=6, admission_bonus=2047),
     "large": preset("gpt_oss_20b"),
 }
 SEARCHES = {"one_layer": 30, "one_expert": 40, "single": 40, "odd": 50, "small": 60, "large": 25}
@@ -271,6 +271,7 @@ async def victim_and_latency(dut, shape: str) -> None:
     """found, admitted, layer, expert are golden; the first choice takes its documented time."""
     tb = TB(dut, shape)
     config, shift = tb.config, tb.config.use_shift
+    bonus = config.admission_bonus << FRACTION_BITS
     levels = (config.num_experts - 1).bit_length()
     seen: Counter[str] = Counter()
     for seed in SEEDS:
@@ -283,7 +284,7 @@ async def victim_and_latency(dut, shape: str) -> None:
             found = layer >= 0
             admitted = found and (
                 s.demand
-                or admits(s.score, s.use, shift, s.load_layer, s.load_expert, layer, expert)
+                or admits(s.score, s.use, shift, bonus, s.load_layer, s.load_expert, layer, expert)
             )
             answer, latency = await tb.search(s)
             where = f"{shape}, seed {seed}, search {number}: {s}"

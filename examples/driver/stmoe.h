@@ -58,11 +58,13 @@ enum stmoe_cause {
                     STMOE_IRQ_COUNTER_WRAP | STMOE_IRQ_COMMIT_REFUSED
 };
 
-/* Switches of stmoe_set_control(); or them together. After reset all are on. */
+/* Switches of stmoe_set_control(); or them together. After reset all are on (STMOE_ADAPTIVE: where
+ * the engine was built so). */
 enum stmoe_control {
     STMOE_PREFETCH = STMOE_CONTROL_PREFETCH_ENABLE_MASK,
     STMOE_LEARN = STMOE_CONTROL_LEARNING_ENABLE_MASK,
-    STMOE_ORDERED = STMOE_CONTROL_ORDERED_MASK
+    STMOE_ORDERED = STMOE_CONTROL_ORDERED_MASK,
+    STMOE_ADAPTIVE = STMOE_CONTROL_ADAPTIVE_MASK
 };
 
 /* Finds the engine at `base` and reads its shape. STMOE_ABSENT, STMOE_INCOMPATIBLE. */
@@ -81,7 +83,8 @@ enum stmoe_result stmoe_set_segment(const struct stmoe *engine, unsigned layer, 
 /* Slots that stay with a layer, from the next commit on. STMOE_RANGE: more than its experts. */
 enum stmoe_result stmoe_set_quota(const struct stmoe *engine, unsigned layer, unsigned slots);
 
-/* Confidence threshold in quarter units, from the next commit on. STMOE_RANGE. */
+/* Confidence threshold in quarter units, from the next commit on; with STMOE_ADAPTIVE the lowest
+ * that a layer's may be. STMOE_RANGE. */
 enum stmoe_result stmoe_set_threshold(const struct stmoe *engine, int32_t quarters);
 
 /* Which of enum stmoe_control are on, from the next commit on. */

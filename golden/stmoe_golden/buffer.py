@@ -144,8 +144,11 @@ def victim(b, score, use, use_shift, load_layer, latest, current_set, demand):
 
 
 @kernel
-def admits(score, use, use_shift, load_layer, load_expert, victim_layer, victim_expert):
-    """Whether a prefetch is worth more than the expert it would replace."""
-    return value_of(score[load_layer], use[load_layer], load_expert, use_shift) > value_of(
-        score[victim_layer], use[victim_layer], victim_expert, use_shift
-    )
+def admits(score, use, use_shift, bonus, load_layer, load_expert, victim_layer, victim_expert):
+    """Whether a prefetch is worth more than the expert it would replace.
+
+    What it is worth counts ``bonus`` more (quarter units): it is for the layer that comes next,
+    while its victim has most of a token's time to be fetched again.
+    """
+    worth = value_of(score[load_layer], use[load_layer], load_expert, use_shift) + bonus
+    return worth > value_of(score[victim_layer], use[victim_layer], victim_expert, use_shift)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .buffer import Lane, admits, new_buffer, victim
+from .confidence import gate_params, new_gate, note_bad, note_event, note_good, threshold_of
 from .config import FRACTION_BITS, NUM_SEGMENTS, EngineConfig
 from .predictor import Predictor
 
@@ -99,6 +100,8 @@ class Settings:
     prefetching: bool = True
     learning: bool = True
     ordered: bool = True
+    adaptive: bool | None = None
+    """Thresholds move; None: as the configuration has it."""
 
 
 @dataclass
@@ -213,6 +216,9 @@ class Checker:
         )
         self.buffer = new_buffer(config)
         self.buffer.quota[:] = self.active.quota
+        self.gate = new_gate(config.num_layers)
+        self.gate_params = self.params_of_gate()
+        self.bonus = config.admission_bonus << FRACTION_BITS
         self.free = deque(range(config.num_slots))
         self.pins = [0] * config.num_slots
         self.occupant: list[tuple[int, int] | None] = [None] * config.num_slots
@@ -234,6 +240,8 @@ class Checker:
         self.expected_layer = 0
         self.token_taken = False
         self.threshold_due = False
+        self.gate_due = False
+        self.routed_at = -1
         self.counters = dict.fromkeys(counters, 0)
         self.recent: deque[Record] = deque(maxlen=self.HISTORY)
         self.port: deque[tuple[int, int]] = deque()
@@ -276,6 +284,10 @@ class Checker:
         if record.kind not in BESIDE:
             if self.promotes and record.kind not in (Kind.PROMOTE, Kind.LOAD_START):
                 self.fail(record, f"PROMOTE of expert {self.promotes[0]} must come first")
+            first = Kind.PROMOTE, Kind.THRESHOLD
+            at_once = record.kind == Kind.LOAD_START and record.cycle == self.routed_at + 1
+            if self.gate_due and record.kind not in first and not at_once:
+                self.fail(record, f"THRESHOLD of layer {self.latest} must come first")
             if self.threshold_due and record.kind != Kind.THRESHOLD:
                 self.fail(record, "THRESHOLD must follow its REGISTER_COMMIT")
         # The engine starts nothing while it is held, neither operations nor bursts.
@@ -324,6 +336,7 @@ class Checker:
             ("demand without a slot", self.pending),
             ("completion", self.ended),
             ("transfer", self.transfers),
+            ("threshold change", self.gate_due),
         ):
             if left:
                 self.fail(last, f"the run ended with a {what} outstanding: {left}")
@@ -415,6 +428,12 @@ class Checker:
         """Golden counter."""
         self.counters[name] = self.counters.get(name, 0) + amount
 
+    def params_of_gate(self) -> Any:
+        """The confidence gate as the active registers have it."""
+        return gate_params(self.config, adaptive=self.active.adaptive)._replace(
+            floor=self.active.threshold
+        )
+
     # What the golden model decides ------------------------------------------------------------
 
     def transfer_of(self, layer: int, expert: int) -> Transfer:
@@ -437,6 +456,12 @@ class Checker:
             self.current_set,
             demand,
         )
+
+    def admitted(self, layer: int, expert: int, victim_layer: int, victim_expert: int) -> bool:
+        """Golden admission of a prefetch in the present state."""
+        s, shift = self.predictor.state, self.config.use_shift
+        place = layer, expert, victim_layer, victim_expert
+        return bool(admits(s.score, s.use, shift, self.bonus, *place))
 
     def has_bursts(self, t: Transfer) -> bool:
         """The transfer still has addresses to send."""
@@ -576,6 +601,7 @@ class Checker:
         if self.work or self.picks or self.pending:
             self.fail(record, "the event before it is not over")
         self.count("routes")
+        self.routed_at = record.cycle
         self.drop_queue()
         self.latest = layer
         self.current_set[:] = False
@@ -587,8 +613,12 @@ class Checker:
             for e in np.flatnonzero(b.lane[layer] == Lane.LOADING_PREFETCH)
             if not self.current_set[e]
         }
+        gate = self.gate_params, self.gate, layer
+        idle = not self.transfers
         for e in experts:
             state = b.lane[layer, e]
+            if state in (Lane.LOADING_PREFETCH, Lane.READY_UNUSED):
+                note_good(*gate)
             if state == Lane.NONE:
                 self.pending.append(e)
                 self.count("misses")
@@ -607,6 +637,7 @@ class Checker:
                 b.lane[layer, e] = Lane.PINNED
                 self.mirror[layer, e] = Lane.PINNED
                 self.grants.append((layer, e, slot, 0))
+        self.gate_due = bool(note_event(*gate, idle)) and c.look > 0
         self.work.append(((layer + 1) % c.num_layers, None, np.array(experts)))
         # `learning` and `ordered` are sampled when the route is taken.
         self.predictor.params = self.predictor.params._replace(
@@ -634,7 +665,10 @@ class Checker:
         if self.active.prefetching and self.config.look:
             allowed = self.buffer.lane[layer] == Lane.NONE
             self.picks.extend(
-                int(e) for e in self.predictor.select(layer, allowed, self.active.threshold)
+                int(e)
+                for e in self.predictor.select(
+                    layer, allowed, int(threshold_of(self.gate_params, self.gate, layer))
+                )
             )
 
     def _select(self, record: Record) -> None:
@@ -648,7 +682,7 @@ class Checker:
         self.count("selected")
 
     def _load_start(self, record: Record) -> None:
-        b, s = self.buffer, self.predictor.state
+        b = self.buffer
         demand = bool(self.pending)
         if not demand:
             if not self.queue:
@@ -664,9 +698,7 @@ class Checker:
             victim_layer, victim_expert = self.find_victim(layer, demand)
             if victim_layer < 0:
                 self.fail(record, f"there is no slot for expert {expert} of layer {layer}")
-            if not demand and not admits(
-                s.score, s.use, self.config.use_shift, layer, expert, victim_layer, victim_expert
-            ):
+            if not demand and not self.admitted(layer, expert, victim_layer, victim_expert):
                 self.fail(
                     record,
                     f"expert {expert} of layer {layer} is not worth more than its victim, expert "
@@ -677,6 +709,7 @@ class Checker:
             slot = int(b.slot[victim_layer, victim_expert])
             if b.lane[victim_layer, victim_expert] == Lane.READY_UNUSED:
                 self.count("useless")
+                note_bad(self.gate_params, self.gate, victim_layer)
             self.count("evictions")
             b.lane[victim_layer, victim_expert] = Lane.NONE
             b.slot[victim_layer, victim_expert] = -1
@@ -711,15 +744,12 @@ class Checker:
         return burst_plan(segments, expert, self.config.beat_bytes, self.config.max_burst)
 
     def _drop(self, record: Record) -> None:
-        s = self.predictor.state
         if self.pending or not self.queue or not self.prefetch_may_start(1) or self.free:
             self.fail(record, "no prefetch is being judged")
         expert, layer = self.queue.popleft(), self.queue_layer
         self.expect(record, layer=layer, expert=expert)
         victim_layer, victim_expert = self.find_victim(layer, False)
-        if victim_layer < 0 or admits(
-            s.score, s.use, self.config.use_shift, layer, expert, victim_layer, victim_expert
-        ):
+        if victim_layer < 0 or self.admitted(layer, expert, victim_layer, victim_expert):
             self.fail(record, f"the prefetch is to be admitted ({victim_layer}, {victim_expert})")
         self.count("dropped")
 
@@ -780,6 +810,7 @@ class Checker:
         self.buffer.lane[t.layer, t.expert] = Lane.NONE
         self.buffer.slot[t.layer, t.expert] = -1
         self.count("cancelled")
+        note_bad(self.gate_params, self.gate, t.layer)
         self.settle(t, record.cycle)
 
     def _burst(self, record: Record) -> None:
@@ -937,11 +968,17 @@ class Checker:
             self.fail(record, "no register commit was requested")
         before, self.active = self.active, self.settings.popleft()
         self.buffer.quota[:] = self.active.quota
+        self.gate_params = self.params_of_gate()
         self.threshold_due = self.active.threshold != before.threshold
 
     def _threshold(self, record: Record) -> None:
+        mask = (1 << self.config.score_bits) - 1
+        if self.gate_due:
+            self.gate_due = False
+            threshold = int(threshold_of(self.gate_params, self.gate, self.latest))
+            self.expect(record, layer=self.latest, flag=1, data=threshold & mask)
+            return
         if not self.threshold_due:
             self.fail(record, "the threshold has not changed")
         self.threshold_due = False
-        mask = (1 << self.config.score_bits) - 1
         self.expect(record, data=self.active.threshold & mask)

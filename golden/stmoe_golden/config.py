@@ -37,6 +37,10 @@ def _param(default: Any, unit: str, low: int, high: int, doc: str) -> Any:
     return field(default=default, metadata={"unit": unit, "low": low, "high": high, "doc": doc})
 
 
+def _flag(default: bool, doc: str) -> Any:
+    return field(default=default, metadata={"unit": "", "low": 0, "high": 1, "doc": doc})
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """Shape and sizing of one prefetch engine.
@@ -57,6 +61,18 @@ class EngineConfig:
     margin_step: int = _param(32, "units", 0, 2047, "m2: margin of the second step")
     margin_high: int = _param(128, "units", 0, 2047, "m3: margin of the third step")
     threshold: int = _param(-100, "units", -8192, 8191, "static confidence threshold after reset")
+    adaptive: bool = _flag(True, "each layer's threshold moves by what becomes of its prefetches")
+    gate_levels: int = _param(32, "levels", 1, 255, "steps that a threshold may rise")
+    gate_step: int = _param(8, "units", 1, 256, "what a threshold rises by with each level")
+    gate_window: int = _param(32, "loads", 4, 256, "prefetches judged together, a power of two")
+    gate_strict: int = _param(5, "eighths", 0, 8, "good prefetches asked for on a busy link")
+    gate_lenient: int = _param(4, "eighths", 0, 8, "good prefetches asked for on an idle link")
+    gate_patience: int = _param(
+        512, "events", 2, 4096, "events of a layer without a judgement that lower its threshold"
+    )
+    admission_bonus: int = _param(
+        256, "units", 0, 2047, "what a prefetch counts for more than what it would replace"
+    )
     use_shift: int = _param(1, "bits", 0, 6, "weight of the use count in a resident's value")
     select_max: int = _param(0, "experts", 0, 64, "most experts selected per layer; 0 means 2*K")
     quota: int = _param(2, "slots", 0, 256, "slots that each layer keeps, after reset")
@@ -74,17 +90,15 @@ class EngineConfig:
     watchdog_cycles: int = _param(
         1 << 20, "cycles", 1 << 8, (1 << 31) - 1, "AXI silence after which a load is given up"
     )
-    event_port: bool = field(
-        default=True, metadata={"unit": "", "low": 0, "high": 1, "doc": "build the event port"}
-    )
+    event_port: bool = _flag(True, "build the event port")
     event_depth: int = _param(256, "entries", 64, 4096, "event FIFO, a power of two")
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if f.name == "event_port":
+            if isinstance(f.default, bool):
                 if not isinstance(value, bool):
-                    raise ConfigError(f"event_port must be true or false, not {value!r}")
+                    raise ConfigError(f"{f.name} must be true or false, not {value!r}")
                 continue
             low, high = f.metadata["low"], f.metadata["high"]
             if isinstance(value, bool) or not isinstance(value, int):
@@ -108,6 +122,11 @@ class EngineConfig:
             raise ConfigError(
                 f"max_burst must be at most {4096 // beat} beats of {beat} bytes (4 KiB), "
                 f"not {self.max_burst}"
+            )
+        if self.gate_window & (self.gate_window - 1) or self.gate_window < self.top_k:
+            raise ConfigError(
+                f"gate_window must be a power of two and at least top_k ({self.top_k}), "
+                f"not {self.gate_window}"
             )
         if self.event_depth & (self.event_depth - 1):
             raise ConfigError(f"event_depth must be a power of two, not {self.event_depth}")
@@ -316,7 +335,7 @@ class EngineConfig:
         lines = ["| field | default | unit | range | meaning |", "|---|---|---|---|---|"]
         for f in dataclasses.fields(cls):
             m = f.metadata
-            allowed = "true, false" if f.name == "event_port" else f"{m['low']} to {m['high']}"
+            allowed = "true, false" if isinstance(f.default, bool) else f"{m['low']} to {m['high']}"
             default = str(f.default).lower() if isinstance(f.default, bool) else f.default
             lines.append(f"| `{f.name}` | {default} | {m['unit']} | {allowed} | {m['doc']} |")
         return "\n".join(lines)

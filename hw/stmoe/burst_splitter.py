@@ -39,8 +39,8 @@ class BurstSplitter(wiring.Component):
     A layer's rows may change only while none of its loads has bursts left to issue.
 
     Timing: a load that is started in cycle c with ``start_next`` has its address on the bus in
-    cycle c+3 when ``start_layer`` was the same in cycle c-2 already, else in c+4; unless in cycle c an
-    address may be presented or the segment table is read for another load. The bursts of a
+    cycle c+3 when ``start_layer`` was the same in cycle c-2 already, else in c+4; unless in cycle
+    c an address may be presented or the segment table is read for another load. The bursts of a
     segment follow each other every two cycles, a further segment costs three more, a change to
     another transfer up to nine.
 

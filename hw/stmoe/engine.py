@@ -108,7 +108,7 @@ class Engine(wiring.Component):
             predictor.victim_layer.eq(manager.victim_layer),
             manager.victim_score.eq(predictor.victim_score),
             manager.victim_use.eq(predictor.victim_use),
-            predictor.threshold.eq(registers.threshold),
+            predictor.threshold.eq(manager.select_threshold),
             predictor.learning.eq(registers.learning),
             predictor.ordered.eq(registers.ordered),
             predictor.prefetching.eq(registers.prefetching),
@@ -135,6 +135,7 @@ class Engine(wiring.Component):
             registers.commit_grant.eq(manager.register_grant),
             manager.threshold_changed.eq(registers.threshold_changed),
             manager.threshold.eq(registers.threshold),
+            manager.adaptive.eq(registers.adaptive),
             manager.quota.eq(registers.quota),
             registers.initialised.eq(predictor.clear_done & manager.initialised),
             registers.busy.eq(

@@ -158,7 +158,7 @@ class Predictor(wiring.Component):
         A weight that is wanted, stable until ``read_valid`` (:class:`.TableReader`).
     read_valid, read_value : Out
         The weight, as of all routes before and none after: it is read between two events. Comes
-        at least five cycles after the request, and not while an event is in progress.
+        at least six cycles after the request, and not while an event is in progress.
     """
 
     def __init__(self, config: EngineConfig):

@@ -357,11 +357,19 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
             "CONTROL",
             0x024,
             rw,
-            0b111,
+            0b111 | int(config.adaptive) << 3,
             (
                 Field("prefetch_enable", 0, 1, rw, "experts are selected for prefetch"),
                 Field("learning_enable", 1, 1, rw, "correlation tables learn"),
                 Field("ordered", 2, 1, rw, "experts of a routing event come in rank order"),
+                Field(
+                    "adaptive",
+                    3,
+                    1,
+                    rw,
+                    "each layer's threshold moves upward from THRESHOLD by what becomes of its "
+                    "prefetches; else it is THRESHOLD",
+                ),
             ),
             "Switches (shadow: takes effect at a commit).",
         ),
@@ -381,7 +389,8 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
                     f"does not fit in CAPABILITY4.score_bits ({config.score_bits}) bits",
                 ),
             ),
-            "Confidence threshold (shadow: takes effect at a commit).",
+            "Confidence threshold, where it is adaptive the lowest (shadow: takes effect at a "
+            "commit).",
         ),
         Register(
             "COMMIT",

@@ -216,7 +216,7 @@ class Registers(wiring.Component):
     -------
     axil : :py:`In(axi4_lite_signature(addr_width(config)))`
         The bus.
-    prefetching, learning, ordered : :py:`Out(1)`
+    prefetching, learning, ordered, adaptive : :py:`Out(1)`
         Active switches.
     threshold : :py:`Out(signed(score_bits))`
         Active threshold, quarter units.
@@ -266,6 +266,7 @@ class Registers(wiring.Component):
                 "prefetching": Out(1, init=1),
                 "learning": Out(1, init=1),
                 "ordered": Out(1, init=1),
+                "adaptive": Out(1, init=int(config.adaptive)),
                 "threshold": Out(score, init=threshold_reset(config)),
                 "quota": Out(
                     data.ArrayLayout(unsigned(quota_bits(config)), config.num_layers),
@@ -604,6 +605,7 @@ class Registers(wiring.Component):
                 self.prefetching.eq(shown["CONTROL"][0]),
                 self.learning.eq(shown["CONTROL"][1]),
                 self.ordered.eq(shown["CONTROL"][2]),
+                self.adaptive.eq(shown["CONTROL"][3]),
                 self.threshold.eq(next_threshold),
                 self.quota.eq(next_quota),
             ]

@@ -10,6 +10,7 @@ from amaranth.lib.wiring import In, Out
 
 from stmoe_golden.config import USE_BITS, EngineConfig
 
+from .confidence_gate import ConfidenceGate
 from .expert_map import ExpertMap, LaneState, lane_bits, pin_bits, slot_info_layout
 from .payloads import (
     CompletionStatus,
@@ -102,8 +103,10 @@ class SlotManager(wiring.Component):
     start, start_transfer, promote, promote_transfer, cancel, cancel_transfer, cancel_late,
     completion, prefetch_ready
         The DMA scheduler's side of :class:`stmoe.dma_scheduler.DmaScheduler`.
-    register_request, register_grant, threshold_changed, threshold, quota, prefetching
-        From and to the registers.
+    register_request, register_grant, threshold_changed, threshold, quota, adaptive
+        From and to the registers; ``threshold`` is the static one.
+    select_threshold : Out
+        Threshold of the ``select_layer`` of two cycles before, for the predictor.
     hold : In
         Begin no new operation (the event port is nearly full).
     record, selection_record, grant_record : Out
@@ -159,6 +162,8 @@ class SlotManager(wiring.Component):
                 "threshold_changed": In(1),
                 "threshold": In(signed(c.score_bits)),
                 "quota": In(data.ArrayLayout(unsigned(experts.bit_length()), c.num_layers)),
+                "adaptive": In(1),
+                "select_threshold": Out(signed(c.score_bits)),
                 "hold": In(1),
                 "record": Out(record_layout(c)),
                 "selection_record": Out(record_layout(c)),
@@ -179,6 +184,7 @@ class SlotManager(wiring.Component):
         m.submodules.map = table = ExpertMap(c)
         m.submodules.chooser = chooser = VictimChooser(c)
         m.submodules.queue = queue = PrefetchQueue(c)
+        m.submodules.gate = gate = ConfidenceGate(c)
         # One more than there are: the FIFO takes a write in every cycle only with room to spare.
         free_depth = c.num_slots + 1
         m.submodules.free = free = fifo.SyncFIFOBuffered(width=c.slot_bits, depth=free_depth)
@@ -327,18 +333,25 @@ class SlotManager(wiring.Component):
             self.start.payload.slot.eq(start_slot),
             taking.eq(self.start.valid & self.start.ready),
         ]
-        with m.If(taking):
+        starting = Signal()
+        """A load may start in this state: what it writes stands there, taken or not."""
+        with m.If(starting):
             m.d.comb += [
-                table.place_write.eq(1),
-                table.place_write_address.eq(Cat(start_expert, op_layer)),
-                table.place_write_data.slot.eq(start_slot),
-                table.place_write_data.transfer.eq(self.start_transfer),
-                table.info_write.eq(1),
                 table.info_write_slot.eq(start_slot),
                 table.info_write_data.resident.eq(0),
                 table.info_write_data.pins.eq(~start_prefetch),
                 table.info_write_data.layer.eq(op_layer),
                 table.info_write_data.expert.eq(start_expert),
+            ]
+        m.d.comb += [
+            table.place_write_address.eq(Cat(start_expert, op_layer)),
+            table.place_write_data.slot.eq(start_slot),
+            table.place_write_data.transfer.eq(self.start_transfer),
+        ]
+        with m.If(taking):
+            m.d.comb += [
+                table.place_write.eq(1),
+                table.info_write.eq(1),
                 table.held_add.eq(1),
                 held_add.eq(start_prefetch),
                 counter["prefetch_loads"].eq(start_prefetch),
@@ -375,6 +388,19 @@ class SlotManager(wiring.Component):
                     ]
                 with m.Elif(start_prefetch & ~order[t].all()):
                     m.d.sync += order[t].eq(order[t] + 1)
+
+        # The confidence gate counts what becomes of prefetches -----------------------------------
+        idle_link = Signal()
+        m.d.sync += idle_link.eq(~loading.any() & (draining == 0))
+        m.d.comb += [
+            gate.adaptive.eq(self.adaptive),
+            gate.floor.eq(self.threshold),
+            gate.layer.eq(self.select_layer),
+            gate.event_layer.eq(event_layer),
+            gate.bad_layer.eq(op_layer),
+            gate.bad.eq(cancelling | counter["useless"]),
+            self.select_threshold.eq(gate.threshold),
+        ]
 
         # Grants ---------------------------------------------------------------------------------
         grant_layer = Signal(c.layer_bits)
@@ -763,6 +789,7 @@ class SlotManager(wiring.Component):
             with m.State("START"):
                 # The victim's slot is read out until the DMA scheduler takes the load.
                 m.d.comb += [
+                    starting.eq(1),
                     self.start.valid.eq(1),
                     start_expert.eq(op_expert),
                     start_prefetch.eq(~demanding),
@@ -1048,6 +1075,19 @@ class SlotManager(wiring.Component):
                 m.d.sync += op_expert.eq(first_missing)
                 start_now = Signal()
                 m.d.comb += [
+                    starting.eq(1),
+                    gate.event.eq(1),
+                    gate.idle.eq(idle_link),
+                    gate.good.eq(
+                        sum(
+                            has_state(
+                                rank_state[rank],
+                                LaneState.READY_UNUSED,
+                                LaneState.LOADING_PREFETCH,
+                            )
+                            for rank in range(top_k)
+                        )
+                    ),
                     judging.eq(1),
                     disproved_changes.eq(1),
                     queue.flush.eq(1),
@@ -1087,7 +1127,15 @@ class SlotManager(wiring.Component):
                 m.next = "JUDGE"
             with m.State("JUDGE"):
                 m.d.comb += [judging.eq(1), queue.flush.eq(1)]
-                with m.If(judged_all & ~stage1 & ~stage2 & ~queue.removed):
+                judged = judged_all & ~stage1 & ~stage2 & ~queue.removed & ~gate.busy
+                with m.If(judged & gate.changed):
+                    m.d.comb += emit(
+                        EventKind.THRESHOLD,
+                        layer=event_layer,
+                        flag=1,
+                        data=gate.changed_threshold.as_unsigned(),
+                    )
+                with m.If(judged):
                     with m.If(searching):
                         m.next = "SEARCH"
                     with m.Else():

@@ -14,6 +14,10 @@ __all__ = ["TableReader", "table_index_layout"]
 TABLE_BITS = 3
 """Of a table's number: bias, temporal, and up to six spatial tables."""
 
+GROUP_BITS = 3
+GROUP = 1 << GROUP_BITS
+"""Lanes among which one is picked in a step: all at once would be a slow path."""
+
 
 def table_index_layout(config: EngineConfig) -> data.StructLayout:
     """Which weight: ``table`` 0 is bias, 1 temporal, 1 + d the spatial table of distance d.
@@ -28,10 +32,10 @@ def table_index_layout(config: EngineConfig) -> data.StructLayout:
 
 
 class TableReader(wiring.Component):
-    """Picks a weight from the rows that the tables give, in two registered steps.
+    """Picks a weight from the rows that the tables give, in three registered steps.
 
     Whoever owns the tables presents the row that ``index`` names in the cycle after each cycle
-    with ``pause``; it is at the inputs two cycles later. ``valid`` comes five cycles after a cycle
+    with ``pause``; it is at the inputs two cycles later. ``valid`` comes six cycles after a cycle
     with ``pause``, if ``request`` was high in all of them.
 
     Parameters
@@ -78,15 +82,22 @@ class TableReader(wiring.Component):
         c = self.config
         picked = []
         for table, row in enumerate([self.bias, *(self.weights[d] for d in range(c.depth + 1))]):
-            lane = Signal(signed(c.weight_bits if table else c.bias_bits), name=f"picked_{table}")
-            m.d.sync += lane.eq(Array(row[e] for e in range(c.num_experts))[self.index.lane])
+            width = c.weight_bits if table else c.bias_bits
+            groups = []
+            for first in range(0, c.num_experts, GROUP):
+                group = Signal(signed(width), name=f"group_{table}_{first // GROUP}")
+                lanes = Array(row[e] for e in range(first, min(first + GROUP, c.num_experts)))
+                m.d.sync += group.eq(lanes[self.index.lane[:GROUP_BITS]])
+                groups.append(group)
+            lane = Signal(signed(width), name=f"picked_{table}")
+            m.d.sync += lane.eq(Array(groups)[self.index.lane[GROUP_BITS:]])
             picked.append(lane)
         with m.Switch(self.index.table):
             for table, lane in enumerate(picked):
                 with m.Case(table):
                     m.d.sync += self.value.eq(lane)
-        # Row presented, at the RAM's register, at the table's, lane picked, table picked.
-        steps = Signal(unsigned(5))
+        # Row presented, in the RAM's register, in the table's, lane picked (two), table picked.
+        steps = Signal(unsigned(6))
         with m.If(self.request & ~self.valid):
             m.d.sync += steps.eq(steps << 1 | self.pause)
         with m.Else():

@@ -7,7 +7,7 @@ from amaranth.hdl import Array, Cat, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from stmoe_golden.config import USE_BITS, EngineConfig
+from stmoe_golden.config import FRACTION_BITS, USE_BITS, EngineConfig
 
 from .expert_map import LaneState, lane_bits
 
@@ -101,8 +101,8 @@ class VictimChooser(wiring.Component):
     busy : Out
         From the cycle after ``start`` until ``done``.
     done, found, admitted, layer, expert : Out
-        ``admitted``: found, and for a prefetch its value is more than the victim's. All are
-        registers.
+        ``admitted``: found, and for a prefetch its value with ``config.admission_bonus`` is more
+        than the victim's. All are registers.
     """
 
     def __init__(self, config: EngineConfig):
@@ -173,7 +173,7 @@ class VictimChooser(wiring.Component):
         mask = Signal(experts)
         candidate_score = Signal(signed(c.score_bits))
         candidate_use = Signal(USE_BITS)
-        candidate = Signal(signed(c.value_bits))
+        candidate = Signal(signed(c.value_bits + 1))
         count = Signal(range(max(2, lowest.levels + 2)))
         best_value = Signal(signed(c.value_bits))
         tried_own = Signal()
@@ -237,7 +237,11 @@ class VictimChooser(wiring.Component):
             with m.State("READ"):
                 m.d.sync += [
                     count.eq(0),
-                    candidate.eq(candidate_score + (candidate_use << c.use_shift)),
+                    candidate.eq(
+                        candidate_score
+                        + (candidate_use << c.use_shift)
+                        + (c.admission_bonus << FRACTION_BITS)
+                    ),
                 ]
                 m.next = "ROW"
             with m.State("ROW"):
