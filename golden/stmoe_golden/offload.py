@@ -14,7 +14,7 @@ slot, what that evicts, and what to load ahead. It moves no data itself. The dec
                 read_expert(load.layer, load.expert, into=load.slot)
                 cache.loaded(load)
             for load in cache.prefetch():                       # the next layer's, if it pays
-                start_reading(load)                             # cache.loaded(load) when it is there
+                start_reading(load)                             # then, once: cache.loaded(load)
             compute(layer, [cache.slot(layer, e) for e in plan.experts])
 
 examples/offload drives a Hugging Face model with it, from a memory-mapped file.
@@ -31,7 +31,7 @@ from .buffer import BufferState, Lane, admits, new_buffer, victim
 from .config import FRACTION_BITS, EngineConfig
 from .predictor import Predictor
 
-__all__ = ["ExpertOffload", "Load", "OffloadError", "Plan"]
+__all__ = ["ExpertOffload", "Load", "OffloadError", "Plan", "compile_decisions"]
 
 
 class OffloadError(ValueError):
@@ -315,3 +315,19 @@ class ExpertOffload:
         self._buffer.held[key[0]] -= 1
         self._owner[slot] = None
         self._free.append(slot)
+
+
+def compile_decisions() -> None:
+    """Have Numba compile every decision, so that the first tokens are not the slow ones.
+
+    Seconds on a machine that has never done it, a moment on others: Numba keeps what it compiles.
+    """
+    cache = ExpertOffload(2, 4, 1, slots=2)
+    for step in range(8):
+        if step % 2 == 0:
+            cache.token(new_sequence=step == 0)
+        plan = cache.route(step % 2, [step % 4])
+        for load in [*plan.loads, *plan.coming]:
+            cache.loaded(load)
+        for load in cache.prefetch():
+            cache.loaded(load)

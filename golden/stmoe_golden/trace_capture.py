@@ -64,7 +64,7 @@ class CaptureOptions:
         for key, (low, high) in LIMITS.items():
             value = getattr(self, key)
             if not low <= value <= high:
-                raise TraceError(f"{key} must be {low} to {high}, not {value:g}")
+                raise TraceError(f"{key} must be {low:g} to {high:g}, not {value:g}")
         if self.max_new_tokens < 1:
             raise TraceError(f"max_new_tokens must be 1 or more, not {self.max_new_tokens}")
 
@@ -502,10 +502,15 @@ def _encode(
                     f"{path}: prompt {number} cannot be encoded: {reason(error)}"
                 ) from None
         encoded.append([int(i) for i in ids])
-        if not encoded[-1] or max(encoded[-1]) >= vocabulary:
+        if not encoded[-1]:
             raise TraceError(
-                f"{path}: prompt {number}: token ids must be 0 to {vocabulary - 1} and at least "
-                f"one, not {max(encoded[-1], default='none')}"
+                f"{path}: prompt {number} encodes to no token: does {name} have its tokenizer? "
+                "(input_ids in a .jsonl file need none)"
+            )
+        if max(encoded[-1]) >= vocabulary:
+            raise TraceError(
+                f"{path}: prompt {number}: token ids must be 0 to {vocabulary - 1}, "
+                f"not {max(encoded[-1])}"
             )
     return encoded
 
