@@ -107,7 +107,7 @@ def test_prefetching_hits_more_than_its_own_buffer_alone():
             for layer in range(4):
                 runtime.step(layer, trace.experts[token, layer].tolist(), prefetch)
         rates[prefetch] = runtime.cache.hit_rate
-    assert rates[True] > rates[False] + 0.1, rates
+    assert 1 - rates[True] < 0.8 * (1 - rates[False]), rates
 
 
 def test_a_prompt_is_run_in_groups_and_learnt_after():
