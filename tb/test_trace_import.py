@@ -185,7 +185,7 @@ def test_vllm_output_reads_what_was_routed(form, tmp_path):
             entry = {"choices": [choice], "usage": {"prompt_tokens": prompt}}
             if form == "one object":
                 entry = choice | {"prompt_token_ids": ids[:prompt], "token_ids": ids[prompt:]}
-            path.write_text(json.dumps(entry))
+            path.write_text(json.dumps(entry, indent=1 if form == "lists" else None))
         paths.append(path)
     assert detect_format(paths[0]) == "vllm"
     options = ImportOptions(num_experts=8, prompt_tokens=6 if form == "npy" else None)
@@ -295,6 +295,7 @@ CSV_FAULTS = {
     "0,1,x,0,0,1,0.5,0,0": "step: must be an integer 0 to 2147483647, not x",
     "0,1,9,0,0,1.5,0.5,0,0": "expert: must be an integer 0 to 7, not 1.5",
     "0,1,9,0,0,1,nan,0,0": "weight: must be a number, 0 or more, not nan",
+    "0,1,9,0,0,1,1e39,0,0": "weight: must be a number, 0 or more, not 1e39",
     "0,1,9,0,0,1,-1,0,0": "weight: must be a number, 0 or more, not -1",
     "0,1,9,0,0,1,0.5,2,0": "residency: must be an integer 0 to 1, not 2",
     "0,1,9,0,0,,0.5,0,0": "expert: must be an integer 0 to 7, not nothing",
@@ -378,6 +379,8 @@ JSON_FAULTS = {
     "same token",
     '{"layer": 0, "token": 0, "ids": [1, 2], "weights": [1, 0], "phase": 1}': "phase: is 1, but "
     "the same token had 0 before",
+    '{"layer": 0, "token": 99, "ids": [1, 2], "weights": [1, 1e39]}': "weights: must be a list of "
+    "2 numbers, 0 or more, not [1, 1e+39]",
     '{"layer": 0,': "is not JSON: Expecting property name enclosed in double quotes: line 1 column "
     "13 (char 12)",
     "[1, 2]": "must be a JSON object, not list",
@@ -390,6 +393,65 @@ def test_a_malformed_object_is_named_by_file_line_and_field(line, tmp_path, caps
     lines.insert(20, line)
     path = write(tmp_path / "t.jsonl", lines)
     assert convert(capsys, tmp_path, path) == f"{path}: line 21: {JSON_FAULTS[line]}"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"num_experts": 0}', "num_experts: must be an integer 1 to 65536, not 0"),
+        ('{"expert_bytes": [1]}', "expert_bytes: needs num_layers beside it"),
+        ('{"num_layers": 3, "expert_bytes": 5}', "expert_bytes: must be a list of 3 integers, 1 "
+         "or more, not 5"),
+        ('{"ordered": "no"}', "ordered: must be true or false, not no"),
+    ],
+)  # fmt: skip
+def test_a_malformed_head_of_json_lines_is_named(line, message, tmp_path, capsys):
+    path = write(tmp_path / "t.jsonl", ["", line, *jsonl(a_trace())[1:]])
+    assert convert(capsys, tmp_path, path) == f"{path}: line 2: {message}"
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "vllm", "npy", "logits"])
+def test_damaged_files_are_read_or_refused_but_raise_nothing_else(form, tmp_path):
+    """A byte or a stretch of each is changed, cut out or doubled, many times over."""
+    trace = a_trace(tokens=12)
+    encoded = base64.b64encode(npy(routed(trace, 0))).decode()
+    path = tmp_path / "t"
+    if form == "logits":
+        with path.open("wb") as file:
+            np.savez(file, *logits_of(trace))
+    else:
+        path.write_bytes(
+            {
+                "csv": lambda: "\n".join(route_csv(trace)).encode(),
+                "jsonl": lambda: "\n".join(jsonl(trace)).encode(),
+                "vllm": lambda: json.dumps({"choices": [{"routed_experts": encoded}]}).encode(),
+                "npy": lambda: npy(routed(trace, 0)),
+            }[form]()
+        )
+    whole = path.read_bytes()
+    rng = np.random.default_rng(11)
+    options = ImportOptions(top_k=2 if form == "logits" else None)
+    read = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        at = int(rng.integers(len(data) if rng.random() < 0.5 else min(len(data), 200)))
+        size = int(rng.integers(1, 12))
+        change = rng.integers(4)
+        if change == 0:
+            data[at] = int(rng.choice(list(b'0-9,.e:"[]{}x\n\xff')))
+        elif change == 1:
+            del data[at : at + size]
+        elif change == 2:
+            data[at:at] = data[at : at + size]
+        else:
+            data = data[:at]
+        path.write_bytes(data)
+        try:
+            save_trace(import_traces([path], None, options), tmp_path / "o.npz")
+            read += 1
+        except TraceError as error:
+            assert "\n" not in str(error) and str(error).startswith(f"{tmp_path}/")
+    assert read < 300
 
 
 def test_malformed_arrays_are_named(tmp_path, capsys):

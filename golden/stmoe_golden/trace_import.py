@@ -48,6 +48,7 @@ LONGEST_LINE = 1 << 28
 """Bytes; a response with routed experts is one line."""
 
 MAX_NUMBER = (1 << 31) - 1
+MAX_WEIGHT = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class _RouteCsv:
             weight = float(texts[6])
         except ValueError:
             weight = math.nan
-        if not (math.isfinite(weight) and weight >= 0):
+        if not 0 <= weight <= MAX_WEIGHT:
             raise _LineError(f"weight: must be a number, 0 or more, not {_shown(texts[6])}")
         return [
             *values,
@@ -209,7 +210,7 @@ class _RouteCsv:
         if not (np.isfinite(rows).all() and (rows >= 0).all() and (whole == whole // 1).all()):
             return None
         high = [limit for _, limit in self.limits()]
-        if (rows[:, :6] > high).any() or (rows[:, 7] > 1).any():
+        if (rows[:, :6] > high).any() or (rows[:, 6:8] > [MAX_WEIGHT, 1]).any():
             return None
         return rows
 
@@ -225,6 +226,11 @@ def _read_route_csv(
         nonlocal last
         turn, phase, step, layer, slot, expert = (rows[:, c].astype(np.int64) for c in range(6))
         last = max(last, int(turn.max()))
+        if last + base > MAX_NUMBER:
+            raise TraceError(
+                f"{name}: line {number + int(turn.argmax())}: turn: must be an integer 0 to "
+                f"{MAX_NUMBER - base} after the files before it, not {last}"
+            )
         try:
             slots = builder.tokens(turn + base, (phase << STEP_BITS) + step)
             builder.note(slots, phase=phase)
@@ -348,7 +354,7 @@ def _jsonl_cell(
         not isinstance(weights, list)
         or len(weights) != len(ids)
         or not all(
-            isinstance(w, int | float) and not isinstance(w, bool) and 0 <= w < math.inf
+            isinstance(w, int | float) and not isinstance(w, bool) and 0 <= w <= MAX_WEIGHT
             for w in weights
         )
     ):
@@ -377,8 +383,23 @@ def _jsonl_header(entry: dict[str, Any], builder: TraceBuilder, info: dict[str, 
         if known not in (None, value):
             raise _LineError(f"{key}: is {value}, but {known} before")
         setattr(builder, key, value)
-    if "expert_bytes" in entry and "num_layers" not in entry:
-        raise _LineError("expert_bytes: needs num_layers beside it")
+    if "expert_bytes" in entry:
+        sizes = entry["expert_bytes"]
+        if builder.num_layers is None:
+            raise _LineError("expert_bytes: needs num_layers beside it")
+        if (
+            not isinstance(sizes, list)
+            or len(sizes) != builder.num_layers
+            or not all(
+                isinstance(n, int) and not isinstance(n, bool) and 1 <= n < 1 << 63 for n in sizes
+            )
+        ):
+            raise _LineError(
+                f"expert_bytes: must be a list of {builder.num_layers} integers, 1 or more, "
+                f"not {_shown(sizes)}"
+            )
+    if not isinstance(entry.get("ordered", True), bool):
+        raise _LineError(f"ordered: must be true or false, not {_shown(entry['ordered'])}")
     for key in entry:
         if key not in ("num_layers", "num_experts", "top_k"):
             info.setdefault(key, entry[key])
@@ -392,6 +413,7 @@ def _read_jsonl(
 ) -> int:
     batch: list[tuple[int, int, list[int], list[float] | None]] = []
     numbers: list[int] = []
+    fresh = True
     last = 0
 
     def flush() -> None:
@@ -420,9 +442,11 @@ def _read_jsonl(
                 continue
             with _at(name, number):
                 entry = _object(line)
-                if "layer" not in entry and number == 1:
+                if fresh and "layer" not in entry and "token" not in entry:
+                    fresh = False
                     _jsonl_header(entry, builder, info)
                     continue
+                fresh = False
                 cell = _jsonl_cell(entry, builder, base)
             if builder.top_k is None:
                 builder.top_k = len(cell[2])
@@ -503,7 +527,7 @@ def _read_vllm_npy(
         np.lib.format.read_magic(file)
         file.seek(0)
         first = 0
-        for part in read_rows(file, 1024):
+        for part in read_rows(file, 1024, os.fstat(file.fileno()).st_size):
             if not first:
                 _check_routed(f"{name}: the array", part.dtype, part.shape)
             _put_routed(part, first, base, builder, name)
@@ -547,7 +571,9 @@ def _routed_array(value: Any, field: str) -> np.ndarray:
     """Base64 of an .npy file, or nested lists."""
     try:
         if isinstance(value, str):
-            array = np.load(io.BytesIO(base64.b64decode(value, validate=True)), allow_pickle=False)
+            data = base64.b64decode(value, validate=True)
+            parts = list(read_rows(io.BytesIO(data), MAX_NUMBER, len(data)))
+            array = parts[0] if parts else np.zeros((0, 0, 0), np.uint8)
         else:
             array = np.array(value)
     except (ValueError, EOFError, binascii.Error, OSError) as error:
@@ -612,6 +638,11 @@ def _read_vllm_json(
     file: IO[bytes], name: str, builder: TraceBuilder, base: int, options: ImportOptions
 ) -> int:
     count = 0
+    if file.readline(LONGEST_LINE).strip() == b"{":  # one response, written over several lines
+        file.seek(0)
+        with _at(name, 1):
+            return _vllm_response(_object(file.read(LONGEST_LINE)), name, builder, base, options)
+    file.seek(0)
     for first, lines in _blocks(file, name):
         for number, line in enumerate(lines, first):
             if not line.strip():
@@ -856,6 +887,8 @@ def detect_format(path: Path) -> str:
         return "route-csv"
     if start.lstrip()[:1] == b"{":
         line = start.lstrip().split(b"\n", 1)[0]
+        if len(line) < 3:  # an object over several lines is no JSON line
+            line = start
         return "vllm" if b'"routed_experts"' in line or b'"choices"' in line else "jsonl"
     raise TraceError(
         f"{path}: its format is not known by its content; --from takes {', '.join(FORMATS)}"

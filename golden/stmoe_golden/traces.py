@@ -390,9 +390,10 @@ def _read_header(file: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...]]:
     return dtype, shape
 
 
-def read_rows(file: IO[bytes], rows: int) -> Iterator[np.ndarray]:
+def read_rows(file: IO[bytes], rows: int, length: int | None = None) -> Iterator[np.ndarray]:
     """The rows of an ``.npy`` stream along its first axis, so many at a time.
 
+    Where its ``length`` in bytes is known, a header that claims more is refused at once.
     Raises :class:`ValueError` where the stream is no C-ordered array of plain numbers or is cut.
     """
     version = np.lib.format.read_magic(file)
@@ -403,7 +404,10 @@ def read_rows(file: IO[bytes], rows: int) -> Iterator[np.ndarray]:
         if version == (1, 0)
         else np.lib.format.read_array_header_2_0
     )
-    shape, fortran, dtype = read(file)
+    try:
+        shape, fortran, dtype = read(file)
+    except Exception as error:  # NumPy evaluates it as Python, which can fail in many ways
+        raise ValueError(f"its header is damaged: {reason(error)}") from None
     if dtype.hasobject:
         raise ValueError("it holds pickled Python objects, which are never loaded")
     if fortran and len(shape) > 1:
@@ -413,6 +417,8 @@ def read_rows(file: IO[bytes], rows: int) -> Iterator[np.ndarray]:
     size = dtype.itemsize
     for n in shape[1:]:
         size *= n
+    if length is not None and length - file.tell() < size * shape[0]:
+        raise ValueError(f"it is cut: {shape[0]} rows in its header, fewer in the file")
     for start in range(0, shape[0], rows):
         count = min(rows, shape[0] - start)
         data = file.read(count * size)
