@@ -22,11 +22,11 @@ from stmoe_golden.traces import Trace, load_trace, save_trace
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
 GPT_OSS = Path(__file__).parents[2] / "shared" / "traces" / "gpt_oss_20b_decode.npz"
 RUN = """
-import resource, sys
+import re, sys
 from stmoe import cli
 import stmoe_golden.trace_import
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+def peak():  # VmHWM begins anew with a process; ru_maxrss is inherited
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) << 10
 before = peak()
 assert cli.main(sys.argv[1:]) == 0
 print(peak() - before)

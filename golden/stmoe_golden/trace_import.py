@@ -328,28 +328,20 @@ def _index(entry: dict[str, Any], field: str, high: int, default: int | None = N
     return value
 
 
-def _jsonl_cell(
-    entry: dict[str, Any], builder: TraceBuilder, base: int
-) -> tuple[int, int, list[int], list[float] | None]:
-    layer = _index(entry, "layer", (builder.num_layers or 65536) - 1)
-    token = _index(entry, "token", (1 << STEP_BITS) - 1)
-    sequence = _index(entry, "sequence", MAX_NUMBER - base, 0)
-    high = (builder.num_experts or 65536) - 1
-    ids = _field(entry, "ids")
-    count = builder.top_k
+def _jsonl_sets(ids: Any, weights: Any, top_k: int | None, high: int) -> None:
+    """Look closely at one cell's ids and weights; whatever is wrong with them is said."""
     if (
         not isinstance(ids, list)
         or not ids
-        or (count is not None and len(ids) != count)
+        or (top_k is not None and len(ids) != top_k)
         or any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i <= high for i in ids)
         or len(set(ids)) != len(ids)
     ):
         found = "missing" if ids is None else _shown(ids)
-        many = "" if count is None else f"{count} "
+        many = "" if top_k is None else f"{top_k} "
         raise _LineError(
             f"ids: must be a list of {many}different integers 0 to {high}, not {found}"
         )
-    weights = _field(entry, "weights")
     if weights is not None and (
         not isinstance(weights, list)
         or len(weights) != len(ids)
@@ -361,6 +353,38 @@ def _jsonl_cell(
         raise _LineError(
             f"weights: must be a list of {len(ids)} numbers, 0 or more, not {_shown(weights)}"
         )
+
+
+def _jsonl_fast(
+    cells: list[tuple[int, int, Any, Any]], high: int
+) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """Ids and weights of many cells, or None where one of them wants a closer look."""
+    try:
+        ids = np.array([cell[2] for cell in cells])
+        values = None if cells[0][3] is None else np.array([cell[3] for cell in cells])
+    except (ValueError, OverflowError):  # of different lengths, or beyond any integer
+        return None
+    if ids.dtype.kind != "i" or ids.ndim != 2 or ids.min() < 0 or ids.max() > high:
+        return None
+    ranked = np.sort(ids, axis=1)
+    if (ranked[:, 1:] == ranked[:, :-1]).any():
+        return None
+    if values is None:
+        return ids, None
+    if values.dtype.kind not in "if" or values.shape != ids.shape:
+        return None
+    if not ((values >= 0) & (values <= MAX_WEIGHT)).all():
+        return None
+    return ids, values.astype(np.float32)
+
+
+def _jsonl_cell(
+    entry: dict[str, Any], builder: TraceBuilder, base: int
+) -> tuple[int, int, Any, Any]:
+    """Token, layer, ids and weights; the last two are not looked at yet."""
+    layer = _index(entry, "layer", (builder.num_layers or 65536) - 1)
+    token = _index(entry, "token", (1 << STEP_BITS) - 1)
+    sequence = _index(entry, "sequence", MAX_NUMBER - base, 0)
     slot = builder.token(sequence + base, token)
     phase = _field(entry, "phase")
     if phase is not None:
@@ -369,7 +393,7 @@ def _jsonl_cell(
         builder.note(slot, phase=PHASES[phase])
     if _field(entry, "token_id") is not None:
         builder.note(slot, token_id=_index(entry, "token_id", MAX_NUMBER))
-    return slot, layer, ids, weights
+    return slot, layer, _field(entry, "ids"), _field(entry, "weights")
 
 
 def _jsonl_header(entry: dict[str, Any], builder: TraceBuilder, info: dict[str, Any]) -> None:
@@ -411,24 +435,29 @@ BATCH = 8192
 def _read_jsonl(
     file: IO[bytes], name: str, builder: TraceBuilder, base: int, info: dict[str, Any]
 ) -> int:
-    batch: list[tuple[int, int, list[int], list[float] | None]] = []
+    batch: list[tuple[int, int, Any, Any]] = []
     numbers: list[int] = []
-    fresh = True
-    last = 0
+    last, fresh = 0, True
 
     def flush() -> None:
         if not batch:
             return
-        weights = [cell[3] for cell in batch]
-        if any(w is None for w in weights) and any(w is not None for w in weights):
-            at = next(n for n, w in enumerate(weights) if (w is None) != (weights[0] is None))
-            raise TraceError(
-                f"{name}: line {numbers[at]}: weights: all cells must have them, or none"
+        high = (builder.num_experts or 65536) - 1
+        fast = _jsonl_fast(batch, high)
+        if fast is None:
+            for number, (_, _, ids, gate) in zip(numbers, batch, strict=True):
+                with _at(name, number):
+                    _jsonl_sets(ids, gate, builder.top_k, high)
+                    if (gate is None) != (batch[0][3] is None):
+                        raise _LineError("weights: all cells must have them, or none")
+            weights = [cell[3] for cell in batch]
+            fast = (
+                np.array([cell[2] for cell in batch], np.int64),
+                None if weights[0] is None else np.array(weights, np.float32),
             )
         slots, layers = (np.array([cell[i] for cell in batch], np.int64) for i in (0, 1))
-        values = None if weights[0] is None else np.array(weights, np.float32)
         try:
-            builder.put(slots, layers, np.array([cell[2] for cell in batch], np.int64), values)
+            builder.put(slots, layers, *fast)
         except CellError as error:
             raise TraceError(
                 f"{name}: line {numbers[error.at]}: {error.field}: {error.text}"
@@ -448,9 +477,11 @@ def _read_jsonl(
                     continue
                 fresh = False
                 cell = _jsonl_cell(entry, builder, base)
-            if builder.top_k is None:
-                builder.top_k = len(cell[2])
-            last = max(last, int(_field(entry, "sequence") or 0))
+                if builder.top_k is None or b"true" in line or b"false" in line:
+                    high = (builder.num_experts or 65536) - 1
+                    _jsonl_sets(cell[2], cell[3], builder.top_k, high)
+                    builder.top_k = len(cell[2])
+            last = max(last, entry.get("sequence") or 0)
             batch.append(cell)
             numbers.append(number)
             if len(batch) == BATCH:
