@@ -153,8 +153,13 @@ def test_replay_refuses_options_that_are_not_allowed(options, message, trace, ca
     [
         (
             [],
-            "a command is needed: replay, generate, config, board, params or registers "
+            "a command is needed: replay, trace, generate, config, board, params or registers "
             "(see stmoe --help)",
+        ),
+        (
+            ["trace"],
+            "a command is needed: info, convert, slice, validate or capture "
+            "(see stmoe trace --help)",
         ),
         (["replay"], "the following arguments are required: TRACE"),
         (["replay", "/no/such"], "/no/such: No such file or directory"),

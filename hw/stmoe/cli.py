@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from stmoe.board.arguments import add_board_commands
 from stmoe_golden.config import PRESETS, ConfigError, EngineConfig, preset
+from stmoe_golden.trace_commands import add_trace_commands, run_trace_command
 
 if TYPE_CHECKING:
     from stmoe_golden.replay import ReplayResult
@@ -153,6 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("--preset", metavar="NAME", required=True, help=presets)
     settings(config)
     config.add_argument("-o", dest="output", metavar="FILE")
+
+    trace = command("trace", "Look into, convert, cut and capture routing traces (docs/traces.md).")
+    add_trace_commands(trace.add_subparsers(dest="trace_command", metavar="COMMAND"), _count)
 
     board = command("board", "Talk to a board over its serial port (docs/board.md).")
     add_board_commands(
@@ -347,6 +351,15 @@ def _board(options: argparse.Namespace) -> int:
         raise CommandError(str(error)) from None
 
 
+def _trace(options: argparse.Namespace) -> None:
+    from stmoe_golden.traces import TraceError
+
+    try:
+        run_trace_command(options, _print)
+    except TraceError as error:
+        raise CommandError(str(error)) from None
+
+
 def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["registers"]:
         _registers(arguments[1:])
@@ -366,11 +379,13 @@ def _run(arguments: list[str]) -> int:
         _config(options)
     elif options.command == "params":
         _print(EngineConfig.table() + "\n")
+    elif options.command == "trace":
+        _trace(options)
     elif options.command == "board":
         return _board(options)
     else:
         raise CommandError(
-            "a command is needed: replay, generate, config, board, params or registers "
+            "a command is needed: replay, trace, generate, config, board, params or registers "
             "(see stmoe --help)"
         )
     return 0
