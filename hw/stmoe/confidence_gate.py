@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Module, Mux, Signal, signed, unsigned
+from amaranth.hdl import Const, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, memory, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -24,6 +24,11 @@ def _row_layout(config: EngineConfig) -> data.StructLayout:
             "idle": events,
         }
     )
+
+
+def _times(value: Value, factor: int) -> Value:
+    """A product with a small constant, by additions: synthesis would take a multiplier block."""
+    return sum((value << bit for bit in range(4) if factor >> bit & 1), Const(0, 1))
 
 
 class ConfidenceGate(wiring.Component):
@@ -145,7 +150,8 @@ class ConfidenceGate(wiring.Component):
         total = Signal(range(2 * most + 1))
         ends, late, poor, rises, falls = Signal(), Signal(), Signal(), Signal(), Signal()
         needed = (c.gate_strict, c.gate_lenient)
-        strict, lenient = (row.good * (8 - part) < row.bad * part for part in needed)
+        # 8 * good < part * (good + bad)
+        strict, lenient = (_times(row.good, 8 - part) < _times(row.bad, part) for part in needed)
         m.d.comb += [
             total.eq(row.good + row.bad),
             ends.eq(total >= c.gate_window),
