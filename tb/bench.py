@@ -331,8 +331,17 @@ def part_dma() -> Iterator[Figure]:
         )
 
 
+def part_compare() -> Iterator[Figure]:
+    """The timing model's speed, and the engine against LRU and the one-layer oracle."""
+    from bench_compare import figures
+
+    for figure in figures():
+        yield Figure(*figure)
+
+
 PARTS: dict[str, Callable[[], Iterator[Figure]]] = {
     "replay": part_replay,
+    "compare": part_compare,
     "latency": part_latency,
     "speed": part_speed,
     "dma": part_dma,

@@ -24,6 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from stmoe.board.arguments import add_board_commands
+from stmoe.lab.compare_command import (
+    CompareCommandError,
+    add_compare_arguments,
+    compare_command,
+)
 from stmoe_golden.config import PRESETS, ConfigError, EngineConfig, preset
 from stmoe_golden.trace_commands import add_trace_commands, run_trace_command
 
@@ -154,6 +159,14 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("--preset", metavar="NAME", required=True, help=presets)
     settings(config)
     config.add_argument("-o", dest="output", metavar="FILE")
+
+    add_compare_arguments(
+        command("compare", "Time prefetch policies on a routing trace (docs/compare.md)."),
+        count=_count,
+        number=_number,
+        presets=presets,
+        settings=settings,
+    )
 
     trace = command("trace", "Look into, convert, cut and capture routing traces (docs/traces.md).")
     add_trace_commands(trace.add_subparsers(dest="trace_command", metavar="COMMAND"), _count)
@@ -373,6 +386,8 @@ def _run(arguments: list[str]) -> int:
         return 0
     if options.command == "replay":
         _replay(options)
+    elif options.command == "compare":
+        compare_command(options, _print)
     elif options.command == "generate":
         _generate(options)
     elif options.command == "config":
@@ -385,8 +400,8 @@ def _run(arguments: list[str]) -> int:
         return _board(options)
     else:
         raise CommandError(
-            "a command is needed: replay, trace, generate, config, board, params or registers "
-            "(see stmoe --help)"
+            "a command is needed: replay, compare, trace, generate, config, board, params or "
+            "registers (see stmoe --help)"
         )
     return 0
 
@@ -395,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
-    except (CommandError, ConfigError) as error:
+    except (CommandError, CompareCommandError, ConfigError) as error:
         return _complain(str(error), BAD_INPUT)
     except BrokenPipeError:
         _silence()

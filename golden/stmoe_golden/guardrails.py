@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where prefetching cannot help, said in a sentence with the number that decides it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .config import EngineConfig
+from .timing import Machine, TimedResult
+from .traces import Trace
+
+__all__ = ["guardrails", "repeat_rate"]
+
+SATURATED = 0.95
+"""Share of the link's time from which there is nothing left to hide behind."""
+CHANCE = 1.25
+"""Repeat rate over chance, from which routing has any locality."""
+
+
+def repeat_rate(trace: Trace) -> float:
+    """Share of experts that the token before used in the same layer, within a sequence."""
+    later = ~trace.starts()
+    later[0] = False
+    index = np.flatnonzero(later)
+    if len(index) == 0:
+        return 0.0
+    same = 0
+    for part in np.array_split(index, len(index) // 8192 + 1):
+        now, before = trace.experts[part], trace.experts[part - 1]
+        same += int((now[:, :, :, None] == before[:, :, None, :]).sum())
+    return same / (len(index) * trace.num_layers * trace.top_k)
+
+
+def guardrails(trace: Trace, config: EngineConfig, machine: Machine, lru: TimedResult) -> list[str]:
+    """Sentences; none where nothing stands in the way.
+
+    Parameters
+    ----------
+    lru : TimedResult
+        The best LRU on the same machine: what the link is busy with when nothing is prefetched.
+    """
+    said = []
+    busy = lru.link_cycles / lru.cycles
+    loads = lru.link_cycles / lru.compute_cycles
+    if busy >= SATURATED or loads >= 1:
+        said.append(
+            f"link saturated: with LRU alone the loads need {loads:.2f} times the compute time, "
+            f"and the link is busy {busy:.0%} of the time; prefetching can hide compute behind "
+            f"loads, at most {1 / max(loads, 1e-9):.0%} of it, but no policy is faster than "
+            f"{loads:.2f} without fewer loads"
+        )
+    need = 2 * config.top_k
+    if machine.slots < need:
+        said.append(
+            f"buffer below one layer's set and its prefetches: {machine.slots} slots, but one "
+            f"layer's set is {config.top_k} experts and the next one's as many, so {need} are "
+            f"needed before a whole layer can be prefetched"
+        )
+    chance = trace.top_k / trace.num_experts
+    rate = repeat_rate(trace)
+    if rate < CHANCE * chance:
+        said.append(
+            f"routing without locality: {rate:.3f} of experts were used by the token before, by "
+            f"chance it would be {chance:.3f}; there is little to predict from"
+        )
+    return said
