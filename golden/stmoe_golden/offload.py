@@ -282,6 +282,7 @@ class ExpertOffload:
     def _place(self, key: tuple[int, int], *, demand: bool) -> Load | None:
         """A slot for an expert: a free one, else a victim's; None where a prefetch gets none."""
         state, shift = self._predictor.state, self.config.use_shift
+        bonus = self.config.admission_bonus << FRACTION_BITS
         evicts = None
         if not self._free:
             layer, expert = victim(
@@ -292,7 +293,7 @@ class ExpertOffload:
                     raise OffloadError("no slot can be freed: too many loads have not arrived")
                 return None
             if not demand and not admits(
-                state.score, state.use, shift, key[0], key[1], layer, expert
+                state.score, state.use, shift, bonus, key[0], key[1], layer, expert
             ):
                 return None
             evicts = (int(layer), int(expert))
