@@ -60,7 +60,7 @@ class EngineConfig:
     margin_low: int = _param(192, "units", 0, 2047, "m1: margin below which a used expert learns")
     margin_step: int = _param(32, "units", 0, 2047, "m2: margin of the second step")
     margin_high: int = _param(128, "units", 0, 2047, "m3: margin of the third step")
-    threshold: int = _param(-100, "units", -8192, 8191, "static confidence threshold after reset")
+    threshold: int = _param(-87, "units", -8192, 8191, "static confidence threshold after reset")
     adaptive: bool = _flag(True, "each layer's threshold moves by what becomes of its prefetches")
     gate_levels: int = _param(32, "levels", 1, 255, "steps that a threshold may rise")
     gate_step: int = _param(8, "units", 1, 256, "what a threshold rises by with each level")
