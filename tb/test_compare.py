@@ -102,8 +102,8 @@ def test_rows_stand_to_each_other_as_they_must(in_repo):
     loads = {name: row["bytes"] for name, row in rows.items()}
     assert time["oracle"] < time["ours"] < time["paper"] < time["lru"] < time["on_demand"]
     assert all(loads["belady"] < loads[n] for n in ("lru", "lfu", "static", "ours", "previous"))
-    assert loads["on_demand"] == loads["pregated"] == 1
-    assert rows["ours"]["miss_recall"] > 0.4 and rows["oracle"]["miss_recall"] > 0.9
+    assert loads["on_demand"] == 1 and loads["pregated"] == pytest.approx(1, abs=1e-4)
+    assert rows["ours"]["miss_recall"] > 0.4 and rows["oracle"]["miss_recall"] > 0.8
     for name in ("on_demand", "lru", "lfu", "static", "belady", "adaptive_gating"):
         assert rows[name]["useful"] == rows[name]["useless"] == 0
         assert rows[name]["miss_recall"] == 0
@@ -151,12 +151,13 @@ def test_guardrails_name_the_number_that_decides(in_repo):
     (saturated,) = compare(trace, config, load_ratio=16, policies=few).guardrails
     assert re.search(r"link saturated.* [\d.]+ times the compute time", saturated)
     small = config.replace(quota=0, staging=6)
-    (buffer,) = compare(trace, small, load_ratio=0.1, policies=few).guardrails
+    (buffer,) = compare(trace, small, load_ratio=0.5, policies=few).guardrails
     assert "6 slots" in buffer and "8 are needed" in buffer
-    (locality,) = compare(
-        shuffled(trace, "uniform"), config, load_ratio=0.1, policies=few
-    ).guardrails
+    random = shuffled(trace, "uniform")
+    (locality,) = compare(random, config, load_ratio=0.5, policies=few).guardrails
     assert re.search(r"without locality: 0\.1\d\d .* chance it would be 0\.125", locality)
+    (idle,) = compare(trace, config.replace(quota=28), load_ratio=0.2, policies=few).guardrails
+    assert re.search(r"nothing to hide: .* waits 0\.\d\d% of the time", idle)
 
 
 # Systems and energy ---------------------------------------------------------------------------

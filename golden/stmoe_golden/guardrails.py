@@ -12,7 +12,9 @@ from .traces import Trace
 __all__ = ["guardrails", "repeat_rate"]
 
 SATURATED = 0.95
-"""Share of the link's time from which there is nothing left to hide behind."""
+"""Time of LRU's loads over compute, from which the link decides and not the policy."""
+IDLE = 0.01
+"""Share of time that LRU waits, below which there is nothing to save."""
 CHANCE = 1.25
 """Repeat rate over chance, from which routing has any locality."""
 
@@ -40,14 +42,17 @@ def guardrails(trace: Trace, config: EngineConfig, machine: Machine, lru: TimedR
         The best LRU on the same machine: what the link is busy with when nothing is prefetched.
     """
     said = []
-    busy = lru.link_cycles / lru.cycles
     loads = lru.link_cycles / lru.compute_cycles
-    if busy >= SATURATED or loads >= 1:
+    waits = 1 - lru.compute_cycles / lru.cycles
+    if loads >= SATURATED:
         said.append(
-            f"link saturated: with LRU alone the loads need {loads:.2f} times the compute time, "
-            f"and the link is busy {busy:.0%} of the time; prefetching can hide compute behind "
-            f"loads, at most {1 / max(loads, 1e-9):.0%} of it, but no policy is faster than "
-            f"{loads:.2f} without fewer loads"
+            f"link saturated: with LRU the loads alone take {loads:.2f} times the compute time; "
+            f"however well it prefetches, no policy that loads as much can be faster than that"
+        )
+    if waits < IDLE:
+        said.append(
+            f"nothing to hide: with LRU the accelerator waits {waits:.2%} of the time, which is "
+            f"all that prefetching could save"
         )
     need = 2 * config.top_k
     if machine.slots < need:
