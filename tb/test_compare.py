@@ -145,16 +145,16 @@ def test_ours_is_hardly_slower_on_shuffled_routing(in_repo, how):
 
 def test_guardrails_name_the_number_that_decides(in_repo):
     trace = in_repo.head(1000)
-    config = config_for(trace).replace(quota=12)
+    config = config_for(trace).replace(quota=8)
     few = ["on_demand"]
-    assert compare(trace, config, load_ratio=0.5, policies=few).guardrails == []
+    assert compare(trace, config, load_ratio=1, policies=few).guardrails == []
     (saturated,) = compare(trace, config, load_ratio=16, policies=few).guardrails
     assert re.search(r"link saturated.* [\d.]+ times the compute time", saturated)
     small = config.replace(quota=0, staging=6)
     (buffer,) = compare(trace, small, load_ratio=0.5, policies=few).guardrails
     assert "6 slots" in buffer and "8 are needed" in buffer
     random = shuffled(trace, "uniform")
-    (locality,) = compare(random, config, load_ratio=0.5, policies=few).guardrails
+    (locality,) = compare(random, config, load_ratio=1, policies=few).guardrails
     assert re.search(r"without locality: 0\.1\d\d .* chance it would be 0\.125", locality)
     (idle,) = compare(trace, config.replace(quota=28), load_ratio=0.2, policies=few).guardrails
     assert re.search(r"nothing to hide: .* waits 0\.\d\d% of the time", idle)

@@ -205,8 +205,6 @@ class RunState(NamedTuple):
     """int64 [limit, 2]: expert, time from which it is in the queue."""
     grants: np.ndarray
     """int64 [K, 2]: time of the grant, expert."""
-    release: np.ndarray
-    """int64 [L, E]: when a pinned expert is released."""
     free_slots: np.ndarray
     """int32 [slots]."""
     counts: np.ndarray
@@ -877,7 +875,6 @@ def _new_run(m: Machine, policy: Policy, config: EngineConfig, state: Any, spans
         transfers=np.zeros((max(1, m.prefetch_loads), 8), np.int64),
         queue=np.zeros((max(1, policy.limit), 2), np.int64),
         grants=np.zeros((config.top_k, 2), np.int64),
-        release=np.zeros((1, 1), np.int64),
         free_slots=np.arange(m.slots, dtype=np.int32)[::-1].copy(),
         counts=np.zeros((layers, len(COUNTS)), np.int64),
         spans=np.zeros((spans, 6), np.int64),
@@ -903,6 +900,21 @@ def _warm_up() -> None:
     machine = machine_for_ratio(config, 1.0)
     policy = Policy(config)
     simulate(trace, config, machine, policy)
+
+
+_PLANNED: set[tuple[type[Policy], str]] = set()
+
+
+def _warm_up_plan(policy: Policy, trace: Trace) -> None:
+    """Have a policy's own compiled functions compiled, by another one of its kind."""
+    kind, known = type(policy), (type(policy), trace.experts.dtype.name)
+    if kind.plan is Policy.plan or known in _PLANNED:
+        return
+    few = trace.head(2)
+    other = kind(policy.config)
+    other.prepare(few)
+    other.plan(few, 0, few.num_tokens, few.starts(), False)
+    _PLANNED.add(known)
 
 
 def _params(policy: Policy, config: EngineConfig, gate: GateParams, record: bool) -> PolicyParams:
@@ -971,6 +983,7 @@ def simulate(
     latency = np.zeros(tokens, np.int64)
     occupied = np.zeros((tokens if occupancy else 0, 3), np.int32)
 
+    _warm_up_plan(policy, trace)
     began = time.process_time()
     policy.prepare(trace)
     begin_cycle = 0
