@@ -160,6 +160,12 @@ def test_guardrails_name_the_number_that_decides(in_repo):
     assert re.search(r"nothing to hide: .* waits 0\.\d\d% of the time", idle)
 
 
+def test_guardrail_says_when_latency_decides(in_repo):
+    trace = in_repo.head(300)  # experts of 2 KiB from a disk
+    said = compare(trace, config_for(trace), system="nvme", policies=["on_demand"]).guardrails
+    assert any(re.search(r"latency decides: .* 181\.8 times", text) for text in said), said
+
+
 # Systems and energy ---------------------------------------------------------------------------
 
 

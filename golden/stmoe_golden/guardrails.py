@@ -54,6 +54,13 @@ def guardrails(trace: Trace, config: EngineConfig, machine: Machine, lru: TimedR
             f"nothing to hide: with LRU the accelerator waits {waits:.2%} of the time, which is "
             f"all that prefetching could save"
         )
+    latency, load = machine.latency.mean(), machine.load.mean()
+    if latency > load:
+        said.append(
+            f"latency decides: the first byte comes after {latency / load:.1f} times what a whole "
+            f"expert then takes on the link, and r counts the latter alone; a prefetch one layer "
+            f"ahead has {machine.attention.mean() / latency:.2f} of that latency in attention"
+        )
     need = 2 * config.top_k
     if machine.slots < need:
         said.append(
