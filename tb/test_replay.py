@@ -251,6 +251,25 @@ def test_the_threshold_of_the_configuration_is_the_default():
     assert replay_trace(trace, config, predictor="paper").threshold == 2
 
 
+@pytest.mark.parametrize("predictor", ["learned", "paper"])
+def test_every_point_of_a_curve_is_what_its_threshold_gives(predictor):
+    trace = markov_trace(num_tokens=300, seed=3)
+    config = config_for(trace)
+    # The paper's tables learn with the threshold they predict with: 2, unless another is judged.
+    curve = replay_trace(trace, config, predictor=predictor, issue_rate=1.5, curve=True).curve
+    assert (curve["coverage"][0], curve["issue_rate"][0]) == (0, 0)
+    assert (curve["coverage"][-1], curve["issue_rate"][-1]) == (1, config.num_experts / 2)
+    assert sorted(curve["coverage"]) == curve["coverage"]
+    points = list(
+        zip(*(curve[key] for key in ("threshold", "issue_rate", "coverage")), strict=True)
+    )
+    points = points[::20] if predictor == "learned" else [p for p in points if p[0] == 2]
+    assert points
+    for threshold, issue_rate, coverage in points:
+        one = replay_trace(trace, config, predictor=predictor, threshold=threshold)
+        assert (one.issue_rate, one.coverage) == (issue_rate, coverage)
+
+
 def test_a_threshold_beyond_every_score_issues_nothing_or_all():
     trace = markov_trace(num_tokens=200)
     nothing = replay_trace(trace, config_for(trace), threshold=8191)

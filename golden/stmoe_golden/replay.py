@@ -58,6 +58,9 @@ PAPER_THRESHOLD = 2
 """Sum of confidences from which the paper prefetches."""
 
 ONE = 1 << FRACTION_BITS
+CURVE_POINTS = 200
+"""Thresholds of a curve of coverage against issue rate."""
+
 CHUNK = 1024
 """Tokens per call of the compiled loop: between two calls an interrupt is seen."""
 
@@ -272,6 +275,9 @@ class ReplayResult:
     """With ``issue_rate``: threshold, coverage, issue rate and precision of the best static
     threshold for the measured half itself, which no engine could have known."""
     preset: str | None = None
+    curve: dict[str, list[float]] | None = None
+    """With ``curve=True``: ``threshold``, ``issue_rate`` and ``coverage`` of some static thresholds
+    in the measured half, from one that issues nothing to one that issues everything."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and texts."""
@@ -368,6 +374,7 @@ def replay_trace(
     threshold: float | None = None,
     issue_rate: float | None = None,
     paper_candidates: int | None = None,
+    curve: bool = False,
 ) -> ReplayResult:
     """Replay a trace and measure its second half.
 
@@ -387,6 +394,8 @@ def replay_trace(
         tables then learn with 2.
     paper_candidates : int, optional
         M, the paper's candidates per expert; 2*K by default.
+    curve : bool
+        Also judge other static thresholds, for coverage against issue rate.
 
     Raises
     ------
@@ -444,10 +453,30 @@ def replay_trace(
             quarters, best = -(-quarters // ONE) * ONE, -(-best // ONE) * ONE
         hindsight = _result(trace, predictor, tally, best, elapsed)
     result = _result(trace, predictor, tally, quarters, elapsed)
+    if curve:
+        result = dataclasses.replace(result, curve=_curve(trace, tally))
     if hindsight is None:
         return result
     keys = ("threshold", "coverage", "issue_rate", "precision")
     return dataclasses.replace(result, hindsight={key: getattr(hindsight, key) for key in keys})
+
+
+def _curve(trace: Trace, tally: Tally) -> dict[str, list[float]]:
+    """Coverage and issue rate of at most :data:`CURVE_POINTS` thresholds, evenly apart in issue
+    rate, and of the two at the ends."""
+    needed_experts = (trace.num_tokens - trace.num_tokens // 2) * trace.top_k * trace.num_layers
+    # Row n: the n highest bins pass.
+    rates = np.zeros((tally.scored.shape[1] + 1, 2))
+    for i, histogram in enumerate((tally.scored, tally.needed)):
+        rates[1:, i] = np.cumsum(histogram.sum(axis=0)[::-1]) / needed_experts
+    rows = np.flatnonzero(np.diff(rates[:, 0], prepend=-1.0))  # the highest of equal thresholds
+    wanted = np.linspace(0.0, rates[-1, 0], CURVE_POINTS)
+    rows = rows[np.unique(np.searchsorted(rates[rows, 0], wanted).clip(max=len(rows) - 1))]
+    return {
+        "threshold": ((tally.low + tally.scored.shape[1] - rows) / ONE).tolist(),
+        "issue_rate": rates[rows, 0].tolist(),
+        "coverage": rates[rows, 1].tolist(),
+    }
 
 
 def _result(
