@@ -8,6 +8,7 @@ agrees, 1 on any mismatch, timeout or violation, 2 on bad input.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -71,11 +72,12 @@ def ratio(text: str) -> float:
     return value
 
 
-def latency_of(run: RunLog) -> dict[str, float]:
+def latency_of(run: RunLog) -> dict[str, Any]:
     """Cycles per token, from the token's handshake to the end of its last expert."""
     begun = {i: token.cycle for i, token in enumerate(run.tokens)}
     spans = np.array([f.cycle - begun[f.token] for f in run.finished], dtype=float)
     return {
+        "cycles": spans.astype(int).tolist(),
         "mean": float(spans.mean()),
         "p50": float(np.percentile(spans, 50)),
         "p99": float(np.percentile(spans, 99)),
@@ -109,6 +111,12 @@ def simulate(options: argparse.Namespace, trace: Trace, config: EngineConfig) ->
         "wall_s": 0.0,
         "load_ratio": load_ratio,
         "seed": options.seed,
+        "config": dataclasses.asdict(config),
+        "machine": {
+            "attention_cycles": attention,
+            "expert_cycles": expert,
+            "latency": options.latency,
+        },
         "counters": {},
         "prediction": None,
         "latency": None,
