@@ -54,7 +54,7 @@ def trace_events(result: TimedResult, *, microseconds_per_cycle: float = 1.0) ->
     """
     if result.timeline is None:
         raise ValueError("the run has recorded no timeline")
-    spans = sorted(result.timeline.tolist(), key=lambda span: (span[1], span[2]))
+    spans = _one_span_a_load(result.timeline.tolist())
     origin = spans[0][1] if spans else 0
     events: list[dict[str, Any]] = []
     link_ends: list[tuple[int, int]] = []
@@ -97,6 +97,25 @@ def trace_events(result: TimedResult, *, microseconds_per_cycle: float = 1.0) ->
             "spans": len(spans),
         },
     }
+
+
+def _one_span_a_load(spans: list[list[int]]) -> list[list[int]]:
+    """In the order of their beginnings. A prefetch that is cancelled when all of it has been asked
+    for has two spans, one until the cancel and one until its last data: it holds slot and link for
+    both, so it becomes one, cancelled."""
+    cancelled = {
+        tuple(span[3:]) + (span[1],): span
+        for span in spans
+        if TIMELINE_KINDS[span[0]] == "cancelled"
+    }
+    kept = []
+    for span in spans:
+        other = cancelled.get(tuple(span[3:]) + (span[1],))
+        if other is not None and other is not span:
+            other[2] = max(other[2], span[2])
+        else:
+            kept.append(span)
+    return sorted(kept, key=lambda span: (span[1], span[2]))
 
 
 def _clean(value: float) -> int | float:
