@@ -23,7 +23,7 @@ export OBJCACHE ?= ccache
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sim test lint bench generate registers boards bitstream ppa clean
+.PHONY: help setup sim report test lint bench generate registers boards bitstream ppa clean
 .DELETE_ON_ERROR:
 
 help:
@@ -38,6 +38,9 @@ sim: $(READY) ## replay a trace in Verilator against golden: TRACE= PRESET= TOKE
 		$(if $(TRACE),--trace '$(TRACE)') $(if $(PRESET),--preset '$(PRESET)') \
 		$(if $(TOKENS),--tokens '$(TOKENS)') $(if $(SEED),--seed '$(SEED)') \
 		$(if $(filter-out 0,$(WAVES)),--waves)
+
+report: $(READY) ## HTML and timeline.json of the last make sim, or of RESULT=: OUT=
+	@$(BIN)/stmoe report $(if $(RESULT),'$(RESULT)') $(if $(OUT),-o '$(OUT)')
 
 test: $(FPGA) ## run every bench and test: PYTEST_ARGS= SEED=
 	@$(RUN) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)

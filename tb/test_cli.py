@@ -153,8 +153,8 @@ def test_replay_refuses_options_that_are_not_allowed(options, message, trace, ca
     [
         (
             [],
-            "a command is needed: replay, compare, trace, generate, config, board, params or "
-            "registers (see stmoe --help)",
+            "a command is needed: replay, compare, report, sweep, trace, generate, config, board, "
+            "params or registers (see stmoe --help)",
         ),
         (
             ["trace"],

@@ -297,7 +297,9 @@ def load_sweep(path: str | Path) -> Sweep:
                         Point(name, trace.num_tokens, ratio, system, dtype, changes, config, key,
                               prediction.key)
                     )  # fmt: skip
-    varied = [n for n, v in (("trace", traces), ("tokens", counts), ("dtype", dtypes)) if len(v) > 1]
+    varied = [
+        n for n, v in (("trace", traces), ("tokens", counts), ("dtype", dtypes)) if len(v) > 1
+    ]
     varied += ["system"] if systems else ["load_ratio"]
     varied += [n for n in dict.fromkeys(n for p in points for n in p.changes)
                if len({p.changes.get(n) for p in points}) > 1]  # fmt: skip
@@ -542,8 +544,7 @@ def _on_dask(pieces: Sequence[Piece], address: str) -> Results:
         from dask.distributed import Client, as_completed
     except ImportError:
         raise SweepError(
-            "--scheduler needs dask.distributed: pip install 'stmoe[sweep]' here and on the "
-            "workers"
+            "--scheduler needs dask.distributed: pip install 'stmoe[sweep]' here and on the workers"
         ) from None
     try:
         client = Client(address, timeout="10s", set_as_default=False)
@@ -555,9 +556,9 @@ def _on_dask(pieces: Sequence[Piece], address: str) -> Results:
             for path in dict.fromkeys(piece.trace for piece in pieces)
         }
         futures = {
-            client.submit(run_piece, piece, sent[piece.trace], pure=False, key=f"stmoe-{piece.key}"):
-            piece for piece in pieces
-        }  # fmt: skip
+            client.submit(run_piece, piece, sent[piece.trace], pure=False): piece
+            for piece in pieces
+        }
         try:
             for future in as_completed(futures):
                 failure = future.exception()
@@ -671,9 +672,7 @@ def _fronts(points: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         by_trace.setdefault(trace, []).append(i)
         by_link.setdefault((*trace, p["system"] or p["load_ratio"], p["dtype"]), []).append(i)
     for (trace, tokens), members in by_trace.items():
-        values = [
-            (points[i]["table_bits"], -points[i]["prediction"]["coverage"]) for i in members
-        ]
+        values = [(points[i]["table_bits"], -points[i]["prediction"]["coverage"]) for i in members]
         for n in pareto_front(values):
             fronts["table_bits"].append(
                 {"trace": trace, "tokens": tokens, "point": members[n],

@@ -29,6 +29,8 @@ from stmoe.lab.compare_command import (
     add_compare_arguments,
     compare_command,
 )
+from stmoe.lab.report_command import ReportCommandError, add_report_arguments, report_command
+from stmoe.lab.sweep_command import SweepCommandError, add_sweep_arguments, sweep_command
 from stmoe_golden.config import PRESETS, ConfigError, EngineConfig, preset
 from stmoe_golden.trace_commands import add_trace_commands, run_trace_command
 
@@ -170,6 +172,8 @@ def _parser() -> argparse.ArgumentParser:
 
     trace = command("trace", "Look into, convert, cut and capture routing traces (docs/traces.md).")
     add_trace_commands(trace.add_subparsers(dest="trace_command", metavar="COMMAND"), _count)
+    add_report_arguments(command("report", "One HTML page of a result (docs/report.md)."))
+    add_sweep_arguments(command("sweep", "Time many settings (docs/sweep.md)."))
 
     board = command("board", "Talk to a board over its serial port (docs/board.md).")
     add_board_commands(
@@ -388,6 +392,10 @@ def _run(arguments: list[str]) -> int:
         _replay(options)
     elif options.command == "compare":
         compare_command(options, _print)
+    elif options.command == "report":
+        report_command(options, _print)
+    elif options.command == "sweep":
+        return sweep_command(options, _print)
     elif options.command == "generate":
         _generate(options)
     elif options.command == "config":
@@ -400,8 +408,8 @@ def _run(arguments: list[str]) -> int:
         return _board(options)
     else:
         raise CommandError(
-            "a command is needed: replay, compare, trace, generate, config, board, params or "
-            "registers (see stmoe --help)"
+            "a command is needed: replay, compare, report, sweep, trace, generate, config, board, "
+            "params or registers (see stmoe --help)"
         )
     return 0
 
@@ -410,7 +418,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
-    except (CommandError, CompareCommandError, ConfigError) as error:
+    except (
+        CommandError,
+        CompareCommandError,
+        ConfigError,
+        ReportCommandError,
+        SweepCommandError,
+    ) as error:
         return _complain(str(error), BAD_INPUT)
     except BrokenPipeError:
         _silence()

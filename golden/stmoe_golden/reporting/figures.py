@@ -120,14 +120,19 @@ def _coverage(study: Study) -> Iterator[Figure]:
     if not found:
         return
     colours = {"learned": COLOURS["ours"], "paper": COLOURS["paper"]}
-    lines, marks, table, said = [], [], [], []
+    lines, marks, said = [], [], []
+    table: list[list[Cell]] = []
     for name, result in found.items():
         curve = result.curve
         assert curve is not None
         lines.append(
             Line(
-                PREDICTOR_NAMES[name], curve["issue_rate"], curve["coverage"], colours[name],
-                marks=name == "paper", dashed=name == "paper",
+                PREDICTOR_NAMES[name],
+                curve["issue_rate"],
+                curve["coverage"],
+                colours[name],
+                marks=name == "paper",
+                dashed=name == "paper",
             )  # fmt: skip
         )
         at = (result.issue_rate, result.coverage)
@@ -254,8 +259,12 @@ def _latency(study: Study) -> Iterator[Figure]:
         )
         lines.append(
             Line(
-                name, ordered[index].tolist(), slower[index].tolist(), policy_colour(name),
-                dashed=name != "ours", steps=True,
+                name,
+                ordered[index].tolist(),
+                slower[index].tolist(),
+                policy_colour(name),
+                dashed=name != "ours",
+                steps=True,
             )  # fmt: skip
         )
         p50, p90, p99 = np.percentile(values, (50, 90, 99))
@@ -310,12 +319,13 @@ def _bytes(study: Study) -> Iterator[Figure]:
         else:
             parts = [("loads", row["bytes"], 8)]
         bars.append(Bar(row["policy"], parts))
-        rate = (lambda key, n=needed, r=row: r[key] / n if n else None)
         table.append(
             [
-                row["policy"], row["bytes"],
+                row["policy"],
+                row["bytes"],
                 row["bytes"] * per_token if per_token is not None else None,
-                row["hit_rate"], *(rate(key) for key in PREFETCH_FATES),
+                row["hit_rate"],
+                *(row[key] / needed if needed else None for key in PREFETCH_FATES),
             ]  # fmt: skip
         )
     few = min(study.rows, key=lambda row: row["bytes"])
@@ -337,7 +347,9 @@ PREFETCH_FATES = ("useful", "late", "useless", "cancelled", "pollution")
 def _energy(study: Study) -> Iterator[Figure]:
     names = list(
         dict.fromkeys(
-            name for row in study.rows for name in (row.get("energy") or {"energy": row["energy_j"]})
+            name
+            for row in study.rows
+            for name in (row.get("energy") or {"energy": row["energy_j"]})
         )
     )
     most = max(row["energy_j"] for row in study.rows)
@@ -348,9 +360,7 @@ def _energy(study: Study) -> Iterator[Figure]:
     bars, table = [], []
     for row in study.rows:
         parts = row.get("energy") or {"energy": row["energy_j"]}
-        bars.append(
-            Bar(row["policy"], [(n, parts.get(n, 0.0) * scale, colours[n]) for n in names])
-        )
+        bars.append(Bar(row["policy"], [(n, parts.get(n, 0.0) * scale, colours[n]) for n in names]))
         table.append(
             [row["policy"], row["energy_j"] * scale, *(parts.get(n, 0.0) * scale for n in names)]
         )
@@ -434,7 +444,7 @@ def _heat(study: Study) -> Iterator[Figure]:
     yield Figure(
         key="experts",
         title="Expert heat map: use of each expert (times an even share)",
-        sentence=f"Strongly coloured cells are experts used more than an even share (1x); hottest is expert "
+        sentence=f"Strong cells are experts used more than an even share (1x); hottest is expert "
         f"{hottest[1]} of layer {hottest[0]}, {number(float(ratio[hottest]), 3)}x, and the busiest "
         f"quarter of a layer's experts takes {share.mean():.0%} of its uses.",
         svg=heat_map(

@@ -151,8 +151,8 @@ def _verdict(study: Study) -> list[str]:
     if study.rtl is not None:
         if study.rtl.get("match"):
             said.append(
-                f"The RTL agreed with the golden model in all {study.rtl.get('events', 0):,} events "
-                f"and {len(study.rtl['counters'])} counters."
+                f"The RTL agreed with the golden model in all "
+                f"{study.rtl.get('events', 0):,} events and {len(study.rtl['counters'])} counters."
             )
         else:
             first = str(study.rtl.get("failure", "see report.json")).splitlines()[0]
@@ -207,7 +207,9 @@ def study_page(path: str | Path, study: Study) -> tuple[str, int]:
              f"timing model ({ours.total_cycles / cycles - 1:+.2%}), random stalls of "
              f"SEED={study.rtl.get('seed') if study.rtl else None}")
         )  # fmt: skip
-    facts += [("policy " + row["policy"], str(row["note"])) for row in study.rows if row.get("note")]
+    facts += [
+        ("policy " + row["policy"], str(row["note"])) for row in study.rows if row.get("note")
+    ]
     text = page(
         title=f"Expert prefetching report: {name}",
         verdict=_verdict(study),

@@ -219,9 +219,7 @@ def _axes(
     body.append(
         f'<path class="axis" d="M{_at(x.begin)} {_at(y.end)}V{_at(y.begin)}H{_at(x.end)}"/>'
     )
-    body.append(
-        _text((x.begin + x.end) / 2, y.begin + 38, x_label, anchor="middle", kind="label")
-    )
+    body.append(_text((x.begin + x.end) / 2, y.begin + 38, x_label, anchor="middle", kind="label"))
     middle = (y.begin + y.end) / 2
     body.append(
         f'<text class="label" transform="translate(13 {_at(middle)}) rotate(-90)" '
@@ -329,8 +327,7 @@ def area_chart(
             xs, base, top = [across.begin, across.end], base * 2, top * 2
         there = "L".join(f"{_at(a)} {_at(upright(b))}" for a, b in zip(xs, top, strict=True))
         back = "L".join(
-            f"{_at(a)} {_at(upright(b))}"
-            for a, b in zip(reversed(xs), reversed(base), strict=True)
+            f"{_at(a)} {_at(upright(b))}" for a, b in zip(reversed(xs), reversed(base), strict=True)
         )
         shapes.append(
             f'<path class="area s{area.colour}" d="M{there}L{back}Z">'
@@ -522,18 +519,18 @@ def heat_map(
     )
     # The key of the shades, lowest at the bottom.
     key = right + 16
-    step = min(18.0, max(12.0, (bottom - TOP) / LEVELS))
+    key_height = min(18.0, max(12.0, (bottom - TOP) / LEVELS))
     for shade in range(LEVELS):
-        y = TOP + step * (LEVELS - 1 - shade)
+        y = TOP + key_height * (LEVELS - 1 - shade)
         body.append(
             f'<rect class="heat h{shade}" x="{_at(key)}" y="{_at(y)}" width="16" '
-            f'height="{_at(step)}"/>'
+            f'height="{_at(key_height)}"/>'
         )
         if shade % 2 == 0:
             more = "+" if shade == LEVELS - 1 else ""
             text = f"{number(high * shade / LEVELS, 2)}{more} {unit}"
-            body.append(_text(key + 22, y + step / 2 + 4, text))
-    height = max(bottom, TOP + step * LEVELS) + BOTTOM
+            body.append(_text(key + 22, y + key_height / 2 + 4, text))
+    height = max(bottom, TOP + key_height * LEVELS) + BOTTOM
     data = ";".join(",".join(number(v, 2).replace(",", "") for v in row) for row in values)
     svg = _svg(height, body, f"{unit} by {y_label} and {x_label}")
     frame = f"{left:.2f} {TOP:.2f} {cell_width:.4f} {cell_height:.4f}"

@@ -59,7 +59,8 @@ def trace_events(result: TimedResult, *, microseconds_per_cycle: float = 1.0) ->
     events: list[dict[str, Any]] = []
     link_ends: list[tuple[int, int]] = []
 
-    def add(process: int, lane: int, kind: str, begin: int, end: int, layer: int, expert: int) -> None:
+    def add(process: int, lane: int, kind: str, span: list[int]) -> None:
+        _, begin, end, layer, expert, _ = span
         event: dict[str, Any] = {
             "name": kind if expert < 0 else f"{kind} L{layer} E{expert}",
             "cat": kind,
@@ -73,14 +74,14 @@ def trace_events(result: TimedResult, *, microseconds_per_cycle: float = 1.0) ->
         }
         events.append(event)
 
-    for kind_index, begin, end, layer, expert, slot in spans:
-        kind = TIMELINE_KINDS[kind_index]
+    for span in spans:
+        kind, slot = TIMELINE_KINDS[span[0]], span[5]
         if kind in COMPUTE_KINDS:
-            add(ACCELERATOR, 0, kind, begin, end, layer, expert)
+            add(ACCELERATOR, 0, kind, span)
         elif kind in LOAD_KINDS:
-            add(LINK, _lane_for(link_ends, begin, end), kind, begin, end, layer, expert)
+            add(LINK, _lane_for(link_ends, span[1], span[2]), kind, span)
         if slot >= 0 and kind != "stall":
-            add(BUFFER, slot, kind, begin, end, layer, expert)
+            add(BUFFER, slot, kind, span)
     lanes = [(ACCELERATOR, 0, "compute")]
     lanes += [
         (LINK, lane, "link" if lane == 0 else f"link (load {lane + 1} at once)")
