@@ -56,6 +56,7 @@ p{margin:0 0 10px}
 .said,.soft{color:var(--soft)}
 .card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:16px 18px;
 margin:0 0 16px}
+.card>p:last-child{margin:0}
 .note{border-left:4px solid var(--s4)}
 .numbers{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px}
 .numbers div{border-left:3px solid var(--s0);padding-left:10px}
@@ -82,6 +83,7 @@ code{font-family:ui-monospace,"Liberation Mono",monospace;font-size:.93em;overfl
 svg{display:block;width:100%;height:auto;font-size:12px;font-family:inherit}
 svg text{fill:var(--ink)}
 svg text.tick{fill:var(--soft)}
+svg text.name{paint-order:stroke;stroke:var(--card);stroke-width:3px}
 svg text.label{fill:var(--soft);font-weight:600}
 .grid{stroke:var(--line);fill:none}
 .axis{stroke:var(--strong);fill:none}
