@@ -379,6 +379,7 @@ def test_a_browser_draws_every_figure_without_complaint(browser, made, theme, tm
     page.click("#theme")
     assert page.evaluate("document.documentElement.dataset.theme") == "light"
     heat = page.locator("#experts svg")
+    heat.scroll_into_view_if_needed()
     box = heat.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 3)
     assert re.match(r"layer \d+, expert \d+: [\d.]+ x", page.inner_text("#experts .readout"))

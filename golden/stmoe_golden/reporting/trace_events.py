@@ -116,6 +116,7 @@ def _one_span_a_load(spans: list[list[int]]) -> list[list[int]]:
             other[2] = max(other[2], span[2])
         else:
             kept.append(span)
+    kept = [s for s in kept if s[2] >= s[1] or TIMELINE_KINDS[s[0]] != "cancelled"]
     return sorted(kept, key=lambda span: (span[1], span[2]))
 
 
