@@ -23,7 +23,7 @@ export OBJCACHE ?= ccache
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sim report test lint bench generate registers boards bitstream ppa clean
+.PHONY: help setup sim report browser test lint bench generate registers boards bitstream ppa clean
 .DELETE_ON_ERROR:
 
 help:
@@ -41,6 +41,16 @@ sim: $(READY) ## replay a trace in Verilator against golden: TRACE= PRESET= TOKE
 
 report: $(READY) ## HTML and timeline.json of the last make sim, or of RESULT=: OUT=
 	@$(BIN)/stmoe report $(if $(RESULT),'$(RESULT)') $(if $(OUT),-o '$(OUT)')
+
+browser: $(READY) ## what tb/test_report.py looks at reports with (Debian's Chromium needs root)
+	$(call STEP,installing playwright,$(PIP) --editable '.[browser]',\
+		pip could not install what the extra `browser` in pyproject.toml lists)
+	@for b in chromium-headless-shell chromium chromium-browser google-chrome; do \
+		command -v $$b && exit; done; \
+	test "$$(id -u)" = 0 || { echo 'no Chromium on PATH (Debian, as root: apt-get install' \
+		'chromium-headless-shell)' >&2; exit 2; }; \
+	apt-get -qq update && apt-get -qq install -y --no-install-recommends \
+		chromium-headless-shell >/dev/null && command -v chromium-headless-shell
 
 test: $(FPGA) ## run every bench and test: PYTEST_ARGS= SEED=
 	@$(RUN) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)

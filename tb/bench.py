@@ -339,9 +339,18 @@ def part_compare() -> Iterator[Figure]:
         yield Figure(*figure)
 
 
+def part_report() -> Iterator[Figure]:
+    """Time and size of a report."""
+    from bench_report import figures
+
+    for figure in figures():
+        yield Figure(*figure)
+
+
 PARTS: dict[str, Callable[[], Iterator[Figure]]] = {
     "replay": part_replay,
     "compare": part_compare,
+    "report": part_report,
     "latency": part_latency,
     "speed": part_speed,
     "dma": part_dma,
