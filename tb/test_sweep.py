@@ -255,6 +255,23 @@ def test_a_dask_cluster_gives_the_same(folder):
     assert there == here
 
 
+def test_a_scheduler_that_is_not_there_is_named_and_nothing_is_written(folder, capsys, monkeypatch):
+    distributed = pytest.importorskip(
+        "distributed", reason="no dask.distributed: pip install 'stmoe[sweep]'"
+    )
+
+    def refused(*_, **__):
+        raise OSError("timed out")
+
+    monkeypatch.setattr(distributed, "Client", refused)
+    monkeypatch.setattr("dask.distributed.Client", refused)
+    output = folder / "r.jsonl"
+    arguments = ["sweep", str(written(folder)), "-o", str(output), "--scheduler", "tcp://x:1"]
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == "stmoe: --scheduler tcp://x:1: no Dask scheduler: timed out\n"
+    assert not output.exists()
+
+
 def test_a_worker_with_other_code_refuses(folder, monkeypatch):
     (piece, *_) = load_sweep(written(folder)).pieces
     monkeypatch.setattr(sweep_module, "code_version", lambda: "other")

@@ -451,6 +451,8 @@ class _Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.found = stored(path)
+        self.empty = not path.exists()
+        """The file has been made here, and holds no result."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
@@ -475,9 +477,12 @@ class _Store:
         """Append one result."""
         self._write({"key": piece.key, "kind": piece.kind, "code": piece.code, "result": result})
         self.found[piece.key] = result
+        self.empty = False
 
     def close(self) -> None:
-        """The file may be written by another."""
+        """The file may be written by another; one without any result is not left behind."""
+        if self.empty:
+            self.path.unlink()
         os.close(self.file)
 
 
@@ -560,7 +565,10 @@ def _on_dask(pieces: Sequence[Piece], address: str) -> Results:
             for piece in pieces
         }
         try:
-            for future in as_completed(futures):
+            # The class's own search for a client needs a default one.
+            with client.as_current():
+                ended = as_completed(list(futures))
+            for future in ended:
                 failure = future.exception()
                 if failure is not None:
                     yield futures[future], {"error": f"its worker failed: {failure}"[:300]}

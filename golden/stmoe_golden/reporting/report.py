@@ -25,7 +25,7 @@ from .trace_events import trace_events, trace_events_json
 
 __all__ = ["DEFAULT_SPANS", "Report", "ReportError", "make_report"]
 
-DEFAULT_SPANS = 20_000
+DEFAULT_SPANS = 16_000
 """Spans of a timeline: a few hundred tokens, and a file of 2 to 4 MB."""
 
 

@@ -37,7 +37,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
         "--policies", metavar="A,B,...", help="rows of a report of make sim, which times none"
     )
     parser.add_argument(
-        "--spans", metavar="N", default=None, help="most spans of timeline.json (default 20000)"
+        "--spans", metavar="N", default=None, help="most spans of timeline.json (default 16000)"
     )
 
 
