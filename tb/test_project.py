@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = ["setup", "sim", "test", "lint", "bench", "generate", "registers"]
+TARGETS = ["setup", "sim", "report", "browser", "test", "lint", "bench", "generate", "registers"]
 TARGETS += ["boards", "bitstream", "ppa", "clean"]
 PACKAGES = {"stmoe": ROOT / "hw" / "stmoe", "stmoe_golden": ROOT / "golden" / "stmoe_golden"}
 SPDX = "SPDX-License-Identifier: Apache-2.0"
