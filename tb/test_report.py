@@ -117,6 +117,16 @@ def test_figures_are_what_the_timing_model_says(tmp_path):
     assert heat[0][1] == counts.argmax() and heat[0][2] == pytest.approx(counts.max() / (300 / 4))
 
 
+def test_the_buffer_that_was_compared_is_timed_again(tmp_path):
+    trace = markov_trace(num_tokens=200, num_layers=6, num_experts=16, top_k=4)
+    save_trace(trace, tmp_path / "trace.npz")
+    trace = load_trace(tmp_path / "trace.npz")
+    config = config_for(trace).replace(quota=3, staging=17)
+    path = tmp_path / "compare.json"
+    path.write_text(compare(trace, config, policies=("ours", "lru")).to_json())
+    assert not [note for note in study_of_compare(path).notes if "timed again" in note]
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_a_run_of_very_few_tokens_has_a_report(tmp_path, tokens):
     done = make_report(sim_result(tmp_path, tokens), tmp_path / "out", policies=("ours", "lru"))

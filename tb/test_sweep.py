@@ -240,6 +240,25 @@ def test_a_killed_sweep_keeps_what_it_had(folder):
     assert stored(output) == kept
 
 
+def test_an_interrupt_is_one_line_and_the_command_goes_on_where_it_was(folder):
+    save_trace(markov_trace(num_tokens=3000, num_layers=8, num_experts=32, top_k=4),
+               folder / "a.npz")  # fmt: skip
+    output = folder / "r.jsonl"
+    command = [sys.executable, "-m", "stmoe.cli", "sweep", written(folder), "-o", output]
+    process = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)  # fmt: skip
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and not (output.exists() and stored(output)):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "stmoe: interrupted\n")
+    kept = stored(output)
+    assert 1 <= len(kept) < 10
+    assert run_sweep(load_sweep(folder / "sweep.toml"), output)["points"]
+    assert all(stored(output)[key] == result for key, result in kept.items())
+
+
 def test_a_dask_cluster_gives_the_same(folder):
     distributed = pytest.importorskip(
         "distributed", reason="no dask.distributed: pip install 'stmoe[sweep]'"

@@ -23,6 +23,7 @@ import hashlib
 import itertools
 import json
 import os
+import signal
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ import numpy as np
 
 from .config import ConfigError, EngineConfig, preset
 from .reporting.pareto import pareto_front
-from .traces import Trace, TraceError, config_for, load_trace, replacing
+from .traces import Trace, TraceError, check_complete, config_for, load_trace, replacing
 
 __all__ = [
     "Piece",
@@ -89,7 +90,7 @@ def _hash(value: Any) -> str:
 def _content(trace: Trace) -> str:
     """A hash of what is replayed."""
     digest = hashlib.sha256(json.dumps(trace.info, sort_keys=True).encode())
-    for array in (trace.experts, trace.sequence, trace.token_id):
+    for array in (trace.experts, trace.sequence, trace.token_id, trace.phase):
         if array is not None:
             digest.update(np.ascontiguousarray(array).view(np.uint8).data)
         digest.update(b"\0")
@@ -255,6 +256,7 @@ def load_sweep(path: str | Path) -> Sweep:
     code = code_version()
     for name in traces:
         whole = load_trace((path.parent / name).resolve())
+        check_complete(whole)
         try:
             base = config_for(whole, preset_name)
         except (ConfigError, TraceError) as error:
@@ -508,7 +510,9 @@ def _on_cores(pieces: Sequence[Piece], workers: int) -> Results:
     while waiting or suspects:
         # After a death what was under way is run one piece at a time, to find the one.
         alone = bool(suspects)
-        pool = ProcessPoolExecutor(1 if alone else workers, mp_context=context)
+        pool = ProcessPoolExecutor(
+            1 if alone else workers, mp_context=context, initializer=_leave_interrupts
+        )
         running: dict[Any, Piece] = {}
         try:
             while waiting or suspects or running:
@@ -531,6 +535,11 @@ def _on_cores(pieces: Sequence[Piece], workers: int) -> Results:
                 suspects += lost
         finally:
             stop_children(pool)
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C reaches a worker too; stopping is its parent's to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def stop_children(pool: Any) -> None:

@@ -312,7 +312,7 @@ def study_of_compare(path: str | Path, *, spans: int = 0) -> Study:
     if trace is not None:
         config = _config_of(path, result, trace, notes)
         if result.get("config") is None:
-            config = config.replace(quota=int(rows[0]["quota"]))
+            config = _resized(path, config, int(rows[0]["quota"]), result.get("slots"))
         sizes = expert_bytes_of(trace, str(result.get("dtype", "int8")))
         if system is not None:
             machine = machine_for_system(config, system, sizes)
@@ -342,6 +342,17 @@ def study_of_compare(path: str | Path, *, spans: int = 0) -> Study:
         expert_bytes=float(size) if isinstance(size, int | float) else None,
         cycle_seconds=1e-9 if system is not None else None,
     )
+
+
+def _resized(path: str | Path, config: EngineConfig, quota: int, slots: Any) -> EngineConfig:
+    """The configuration with the buffer that the file speaks of."""
+    try:
+        config = config.replace(quota=quota)
+        if isinstance(slots, int) and slots != config.num_slots:
+            config = config.replace(staging=slots - quota * config.num_layers)
+    except ConfigError as error:
+        raise ReportError(f"{path}: {error}") from None
+    return config
 
 
 def _details(
