@@ -133,6 +133,16 @@ def test_a_run_of_very_few_tokens_has_a_report(tmp_path, tokens):
     assert done.figures == len(SIM_FIGURES)
 
 
+def test_a_run_that_failed_has_a_report_that_says_so(tmp_path):
+    path = sim_result(
+        tmp_path, 40, match=False, failure="<first> mismatch\nmore", counters={}, latency=None
+    )
+    done = make_report(path, tmp_path / "out", policies=("ours", "lru"))
+    text = done.page.read_text()
+    assert "did NOT agree with the golden model: &lt;first&gt; mismatch</p>" in text
+    assert done.figures == len(SIM_FIGURES)
+
+
 def test_a_comparison_is_timed_again_and_held_to_its_file(tmp_path):
     path = compare_result(tmp_path, load_ratio=2.0)
     study = study_of_compare(path)
