@@ -36,10 +36,10 @@ __all__ = [
     "study_of_sim",
 ]
 
-DEFAULT_POLICIES = ("ours", "lru", "on_demand", "previous", "paper", "oracle")
+DEFAULT_POLICIES = ("ours", "lru", "on_demand", "paper", "oracle")
 """Timed for a report of ``make sim``, which has timed none itself."""
 
-DETAILED = ("ours", "lru", "paper")
+DETAILED = ("ours", "lru")
 """Timed again for a report of ``stmoe compare``, for what its JSON does not hold."""
 
 ISSUE_RATE = 1.5
