@@ -520,8 +520,8 @@ def _on_cores(pieces: Sequence[Piece], workers: int) -> Results:
                     break
                 source = suspects if alone else waiting
                 while source and len(running) < (1 if alone else workers):
-                    piece = source.pop()
-                    running[pool.submit(run_piece, piece)] = piece
+                    running[pool.submit(run_piece, source[-1])] = source[-1]
+                    source.pop()  # only now: a broken pool takes none
                 if not running:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
