@@ -232,7 +232,8 @@ class AnyEngine:
         layer = self.latest if demand else self.of_queue
         expert = (self.missing if demand else self.queue)[0]
         victim = None if self.free else self.victim(layer, demand)
-        if not self.free and not demand and self.value(*victim) >= self.value(layer, expert):
+        worth = self.value(layer, expert) + 4 * self.c.admission_bonus
+        if not self.free and not demand and self.value(*victim) >= worth:
             self.queue.pop(0)
             self.say(Kind.DROP, layer=layer, expert=expert)
             return
@@ -457,6 +458,7 @@ def engines(draw) -> AnyEngine:
         retry_limit=draw(st.integers(0, 2)),
         expert_bytes=96,
         threshold=draw(st.sampled_from((-100, 0))),
+        admission_bonus=draw(st.sampled_from((0, 8))),
         margin_low=draw(st.integers(0, 24)),
         margin_step=4,
         margin_high=8,
@@ -534,7 +536,7 @@ def test_any_engine_does_everything():
         rng = random.Random(seed)
         config = EngineConfig(
             num_layers=3, num_experts=5, quota=rng.randint(0, 2), staging=4, num_transfers=5,
-            retry_limit=1, expert_bytes=96, max_burst=4, margin_low=8,
+            admission_bonus=0, retry_limit=1, expert_bytes=96, max_burst=4, margin_low=8,
         )  # fmt: skip
         segments = [[Segment(m << 20, 96, 12)] for m in range(3)]
         engine = AnyEngine(config, segments, rng)
