@@ -90,7 +90,7 @@ def simulate(options: argparse.Namespace, trace: Trace, config: EngineConfig) ->
     from stmoe_golden.replay import replay_trace
 
     attention, expert = times_of(config, options.load_ratio)
-    load = config.top_k * config.expert_bytes // config.beat_bytes
+    load = config.top_k * config.slot_beats
     load_ratio = load / (attention + config.top_k * expert)
     print(
         f"sim: {trace.num_tokens} tokens of {trace.name}\n"

@@ -25,9 +25,8 @@ NAMES = sorted(f.name for f in dataclasses.fields(EngineConfig))
         ({"threshold": -8193}, "threshold must be -8192 to 8191, not -8193"),
         ({"event_port": 1}, "event_port must be true or false, not 1"),
         ({"top_k": 9}, "top_k must be at most num_experts (8), not 9"),
-        ({"axi_data_width": 96}, "axi_data_width must be 64 or 128, not 96"),
-        ({"expert_bytes": 100}, "expert_bytes must be a multiple of 8 (one beat), not 100"),
-        ({"max_burst": 48}, "max_burst must be a power of two, not 48"),
+        ({"axi_data_width": 96}, "axi_data_width must be 32, 64, 128, 256 or 512, not 96"),
+        ({"expert_bytes": 100, "max_burst": 48}, None),
         (
             {"max_burst": 256, "axi_data_width": 128, "expert_bytes": 4096},
             None,
@@ -185,3 +184,12 @@ def test_the_table_has_a_row_for_every_field():
     rows = EngineConfig.table().splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == [f.name for f in dataclasses.fields(EngineConfig)]
     assert "| `weight_bits` | 8 | bits | 4 to 12 | width of a correlation weight |" in rows
+
+
+def test_slots_and_bursts_are_whole_beats_within_a_page():
+    sizes = [
+        EngineConfig(axi_data_width=width, expert_bytes=1001, max_burst=256)
+        for width in (32, 64, 128, 256, 512)
+    ]
+    assert [c.slot_beats for c in sizes] == [251, 126, 63, 32, 16]
+    assert [c.burst_beats for c in sizes] == [256, 256, 256, 128, 64]

@@ -31,7 +31,7 @@ from stmoe.dma_scheduler import (
     last_record_layout,
     retry_record_layout,
 )
-from stmoe.harness.memory_model import word_at
+from stmoe.harness.memory_model import beat_at as memory_beat
 from stmoe.payloads import (
     CompletionStatus,
     axi4_read_signature,
@@ -66,6 +66,19 @@ CONFIGS = {
         num_transfers=5,
         watchdog_cycles=300,
     ),
+    # Half-words, bursts that are no power of two, experts that are no multiple of either.
+    "half": preset("tiny").replace(
+        axi_data_width=32, expert_bytes=5002, max_burst=100, watchdog_cycles=2048
+    ),
+    # The longest burst is a page of 64 beats, not 256.
+    "widest": preset("tiny").replace(
+        axi_data_width=512, expert_bytes=9000, max_burst=256, watchdog_cycles=1024
+    ),
+    # A burst of 256 beats is half a page.
+    "long": preset("tiny").replace(expert_bytes=4999, max_burst=256, watchdog_cycles=2048),
+    "odd": preset("tiny").replace(
+        axi_data_width=256, expert_bytes=2001, max_burst=7, watchdog_cycles=512
+    ),
     # The least of everything.
     "least": preset("tiny").replace(
         num_layers=1,
@@ -83,8 +96,7 @@ CONFIGS = {
 
 def beat_at(config: EngineConfig, address: int) -> int:
     """The beat that the memory holds at ``address``."""
-    words = config.axi_data_width // 64
-    return sum(word_at(address + 8 * i) << (64 * i) for i in range(words))
+    return memory_beat(address, config.axi_data_width)
 
 
 def beat_addresses(table: list[tuple[int, int, int]], config: EngineConfig, expert: int):
@@ -273,7 +285,7 @@ class Reference:
             )
             last_byte = ar["addr"] + (ar["len"] + 1) * config.beat_bytes - 1
             assert ar["addr"] // PAGE == last_byte // PAGE, "a burst crosses 4 KiB"
-            assert ar["len"] < config.max_burst, "a burst is too long"
+            assert ar["len"] < config.max_burst <= 256, "a burst is too long"
             assert not before[0]["hold"], "an address was presented under hold"
             if load.prefetch:
                 for other in self.order:
@@ -661,7 +673,7 @@ def random_tables(config: EngineConfig, rng: random.Random) -> list[list[tuple[i
     """A segment table with pages crossed, empty rows before, between and behind, and one layer
     without any beat."""
     tables = []
-    slot_beats = config.expert_bytes // config.beat_bytes
+    slot_beats = config.slot_beats
     for layer in range(config.num_layers):
         left = slot_beats if rng.random() < 0.8 else rng.randint(1, min(6, slot_beats))
         table = []
@@ -676,8 +688,11 @@ def random_tables(config: EngineConfig, rng: random.Random) -> list[list[tuple[i
             stride = rng.choice((0, rng.getrandbits(12), rng.getrandbits(24), rng.getrandbits(32)))
             stride = stride // config.beat_bytes * config.beat_bytes
             top = (1 << config.axi_addr_width) - 1
-            while base + config.num_experts * stride + 2 * PAGE > top:
+            span = config.num_experts * stride + slot_beats * config.beat_bytes
+            while base + span > top:
                 base //= 2
+            if rng.random() < 0.3:  # the last expert ends with the last byte that there is
+                base = top + 1 - beats * config.beat_bytes - (config.num_experts - 1) * stride
             table.append((base // config.beat_bytes * config.beat_bytes, stride, beats))
         tables.append(table)
     return tables

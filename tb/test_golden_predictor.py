@@ -92,11 +92,11 @@ def scripts(draw):
     experts = draw(st.integers(1, 6))
     top_k = draw(st.integers(1, min(4, experts)))
     config = EngineConfig(
-        num_layers=draw(st.integers(1, 5)),
+        num_layers=draw(st.integers(1, 6)),
         num_experts=experts,
         top_k=top_k,
         quota=0,
-        spatial_depth=draw(st.integers(0, 3)),
+        spatial_depth=draw(st.integers(0, 4)),
         weight_bits=draw(st.sampled_from([4, 5, 8])),
         # Small margins, so that few tokens reach every step of the delta.
         margin_low=draw(st.integers(0, 24)),

@@ -26,7 +26,7 @@ from test_selector import Prefixed, SideBySide
 CONFIGS = {
     "tiny": preset("tiny"),
     # The table widths of gpt_oss_20b; L is no power of two and layers wrap at once.
-    "wide": EngineConfig(num_layers=5, num_experts=32, top_k=4, spatial_depth=3, quota=4),
+    "wide": EngineConfig(num_layers=5, num_experts=32, top_k=4, spatial_depth=4, quota=4),
     # D is clamped to 1: the layer ahead is the layer before.
     "pair": EngineConfig(num_layers=2, num_experts=3, top_k=2, quota=1),
     # One layer: no spatial table, nothing ahead, nothing selected.

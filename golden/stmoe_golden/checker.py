@@ -21,7 +21,7 @@ import numpy as np
 
 from .buffer import Lane, admits, new_buffer, victim
 from .confidence import gate_params, new_gate, note_bad, note_event, note_good, threshold_of
-from .config import FRACTION_BITS, NUM_SEGMENTS, EngineConfig
+from .config import FRACTION_BITS, NUM_SEGMENTS, PAGE_BYTES, EngineConfig
 from .predictor import Predictor
 
 __all__ = ["Checker", "Kind", "Mismatch", "Record", "Segment", "Settings", "burst_plan"]
@@ -142,7 +142,7 @@ def burst_plan(
     for segment in segments:
         address, left = segment.base + expert * segment.stride, segment.beats
         while left:
-            beats = min(left, max_burst, (4096 - address % 4096) // beat_bytes)
+            beats = min(left, max_burst, (PAGE_BYTES - address % PAGE_BYTES) // beat_bytes)
             plan.append((address, beats))
             address += beats * beat_bytes
             left -= beats

@@ -17,6 +17,9 @@ FRACTION_BITS = 2
 USE_BITS = 10
 """Width of the decaying use count (architecture section 2)."""
 
+PAGE_BYTES = 4096
+"""No AXI burst crosses a multiple of this."""
+
 NUM_SEGMENTS = 4
 """Address segments per layer (gate, up, down and scales may lie apart)."""
 
@@ -54,7 +57,7 @@ class EngineConfig:
     num_experts: int = _param(8, "experts", 1, 256, "experts in each layer, E")
     top_k: int = _param(2, "experts", 1, 16, "experts that one token uses in one layer, K")
     num_contexts: int = _param(1, "contexts", 1, 1, "sequences decoded at once")
-    spatial_depth: int = _param(3, "layers", 0, 3, "spatial tables, D; clamped to L-1")
+    spatial_depth: int = _param(3, "layers", 0, 4, "spatial tables, D; clamped to L-1")
     lookahead: int = _param(1, "layers", 0, 1, "layers selected ahead; clamped to L-1")
     weight_bits: int = _param(8, "bits", 4, 12, "width of a correlation weight")
     margin_low: int = _param(192, "units", 0, 2047, "m1: margin below which a used expert learns")
@@ -77,15 +80,21 @@ class EngineConfig:
     select_max: int = _param(0, "experts", 0, 64, "most experts selected per layer; 0 means 2*K")
     quota: int = _param(2, "slots", 0, 256, "slots that each layer keeps, after reset")
     staging: int = _param(0, "slots", 0, 1024, "slots shared by all layers; 0 means 2*K")
-    axi_data_width: int = _param(64, "bits", 64, 128, "AXI read data width, 64 or 128")
+    axi_data_width: int = _param(64, "bits", 32, 512, "AXI read data width, a power of two")
     axi_addr_width: int = _param(40, "bits", 32, 48, "AXI address width")
-    max_burst: int = _param(64, "beats", 1, 256, "longest AXI burst")
+    max_burst: int = _param(64, "beats", 1, 256, "longest AXI burst; none crosses 4 KiB")
     max_outstanding: int = _param(8, "bursts", 1, 64, "AXI bursts on their way at once")
     prefetch_outstanding: int = _param(
         2, "bursts", 1, 64, "bursts of prefetch that may be ahead of a demand"
     )
     num_transfers: int = _param(0, "loads", 0, 64, "loads in flight; 0 means K + 4")
-    expert_bytes: int = _param(2048, "bytes", 16, 1 << 26, "largest expert, and the slot stride")
+    expert_bytes: int = _param(
+        2048,
+        "bytes",
+        16,
+        1 << 26,
+        "largest expert, and the slot stride, which is rounded up to beats",
+    )
     retry_limit: int = _param(3, "retries", 0, 15, "reloads after a read error")
     watchdog_cycles: int = _param(
         1 << 20, "cycles", 1 << 8, (1 << 31) - 1, "AXI silence after which a load is given up"
@@ -109,19 +118,9 @@ class EngineConfig:
             raise ConfigError(
                 f"top_k must be at most num_experts ({self.num_experts}), not {self.top_k}"
             )
-        if self.axi_data_width not in (64, 128):
-            raise ConfigError(f"axi_data_width must be 64 or 128, not {self.axi_data_width}")
-        beat = self.beat_bytes
-        if self.expert_bytes % beat:
+        if self.axi_data_width & (self.axi_data_width - 1):
             raise ConfigError(
-                f"expert_bytes must be a multiple of {beat} (one beat), not {self.expert_bytes}"
-            )
-        if self.max_burst & (self.max_burst - 1):
-            raise ConfigError(f"max_burst must be a power of two, not {self.max_burst}")
-        if self.max_burst * beat > 4096:
-            raise ConfigError(
-                f"max_burst must be at most {4096 // beat} beats of {beat} bytes (4 KiB), "
-                f"not {self.max_burst}"
+                f"axi_data_width must be 32, 64, 128, 256 or 512, not {self.axi_data_width}"
             )
         if self.gate_window & (self.gate_window - 1) or self.gate_window < self.top_k:
             raise ConfigError(
@@ -204,6 +203,16 @@ class EngineConfig:
         return self.axi_data_width // 8
 
     @property
+    def slot_beats(self) -> int:
+        """Beats of a slot: ``expert_bytes``, rounded up."""
+        return -(-self.expert_bytes // self.beat_bytes)
+
+    @property
+    def burst_beats(self) -> int:
+        """Most beats of a burst: ``max_burst``, but no more than a page of 4 KiB holds."""
+        return min(self.max_burst, PAGE_BYTES // self.beat_bytes)
+
+    @property
     def bias_bits(self) -> int:
         """Width of a bias row's lane: 8 times a weight's range."""
         return self.weight_bits + 3
@@ -251,7 +260,7 @@ class EngineConfig:
     @property
     def offset_bits(self) -> int:
         """Bits of a beat offset within a slot."""
-        return max(1, (self.expert_bytes // self.beat_bytes).bit_length())
+        return self.slot_beats.bit_length()
 
     @property
     def event_margin(self) -> int:

@@ -3,19 +3,16 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from stmoe_golden.config import NUM_SEGMENTS, EngineConfig
+from stmoe_golden.config import NUM_SEGMENTS, PAGE_BYTES, EngineConfig
 
 from .payloads import axi4_read_signature, segment_layout, segment_write_layout
 
 __all__ = ["BurstSplitter"]
-
-PAGE_BYTES = 4096
-"""No AXI burst crosses a multiple of this."""
 
 STRIDE_PART_BITS = 16
 """The stride is multiplied in two parts of at most so many bits, one DSP block each."""
@@ -34,8 +31,10 @@ class BurstSplitter(wiring.Component):
     works on and later takes it up where it stopped, however often. Nothing is presented for a
     transfer that is not wanted in the cycle before.
 
-    A burst ends at the segment's end, at a 4 KiB boundary or after ``max_burst`` beats, whichever
-    comes first. Bases and strides are multiples of a beat: their lower bits are ignored.
+    A burst ends at the segment's end, at a 4 KiB boundary or after ``max_burst`` beats (any number
+    of them), whichever comes first. Bases and strides are multiples of a beat: their lower bits
+    are ignored. A segment is read in whole beats: of one that ends within a beat, software gives
+    the beats rounded up, and the bytes behind it come along.
     A layer's rows may change only while none of its loads has bursts left to issue.
 
     Timing: a load that is started in cycle c with ``start_next`` has its address on the bus in
@@ -106,7 +105,11 @@ class BurstSplitter(wiring.Component):
         beat_shift = (config.beat_bytes - 1).bit_length()
         word_bits = config.axi_addr_width - beat_shift
         page_bits = (PAGE_BYTES // config.beat_bytes - 1).bit_length()
-        burst_bits = (config.max_burst - 1).bit_length()
+        burst_beats = config.burst_beats
+        # Bursts of a power of two leave a page's start alone: only in its last such part is its
+        # end looked for. Else it is looked for in all of the page.
+        aligned = burst_beats & (burst_beats - 1) == 0
+        burst_bits = (burst_beats - 1).bit_length() if aligned else page_bits
 
         # Segment table: rows in block RAM. Its output is slow, so it goes straight into registers,
         # and from those to the multiplier. Which rows have beats is in LUT RAM, so that the end of
@@ -242,14 +245,19 @@ class BurstSplitter(wiring.Component):
             here.eq(Mux(begins, Cat(low[:-1], high), word)),
         ]
 
-        # Length of the burst, one less than its beats as AXI has it. In a page's last `max_burst`
+        # Length of the burst, one less than its beats as AXI has it. In a page's last `burst_beats`
         # beats the page's end limits it. A segment ends in its first burst when left + low does
         # not reach that end; of this sum, left + base has been made in the cycle before.
-        def limit_at(place):
-            in_last = place[burst_bits:page_bits].all()
-            return ~place[:burst_bits] | (~in_last).replicate(burst_bits)
+        def in_last(place):
+            return place[burst_bits:page_bits].all() if burst_bits < page_bits else Const(1)
 
-        short = Signal()  # the rest of the segment is not longer than `max_burst`
+        def limit_at(place):
+            to_end = ~place[:burst_bits]
+            if aligned:
+                return to_end | (~in_last(place)).replicate(burst_bits)
+            return Mux(to_end < burst_beats, to_end, burst_beats - 1)
+
+        short = Signal()  # the rest of the segment is not longer than `burst_beats`
         left_and_base = Signal(burst_bits + 1)
         left_and_low = Signal(burst_bits + 2)
         low_wraps = Signal()
@@ -257,12 +265,10 @@ class BurstSplitter(wiring.Component):
         ends_segment = Signal()
         length = Signal(8)
         m.d.comb += [
-            short.eq(left[burst_bits:] == 0),
+            short.eq(left[burst_bits:] == 0 if aligned else left < burst_beats),
             left_and_low.eq(left_and_base + product_low[:burst_bits]),
             low_wraps.eq((base[:burst_bits] + product_low[:burst_bits])[burst_bits:]),
-            first_fits.eq(
-                ~low[burst_bits:page_bits].all() | (left_and_low[burst_bits:] == low_wraps)
-            ),
+            first_fits.eq(~in_last(low) | (left_and_low[burst_bits:] == low_wraps)),
             ends_segment.eq(Mux(begins, short & first_fits, left <= limit_at(word))),
             length.eq(Mux(ends_segment, left, limit_at(here))),
             issue.eq(present & ~switch & ~self.ar.valid & self.room & ~self.pause),

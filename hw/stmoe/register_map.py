@@ -276,7 +276,6 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
     )
     high_bits = config.axi_addr_width - 32
     align = (config.beat_bytes - 1).bit_length()
-    slot_beats = config.expert_bytes // config.beat_bytes
     causes = (
         ("error", "a load was given up after the last retry"),
         ("watchdog", "a load was given up by the watchdog"),
@@ -584,11 +583,12 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
                     0,
                     32,
                     wo,
-                    f"AXI beats of {config.beat_bytes} bytes in this part; 0: the part is unused",
+                    f"AXI beats of {config.beat_bytes} bytes in this part, its bytes rounded up; "
+                    "0: the part is unused",
                 ),
             ),
             "Writing it sends the four staged words to the engine, at once and without a "
-            f"commit. More beats than a slot holds ({slot_beats}) answer SLVERR and change "
+            f"commit. More beats than a slot holds ({config.slot_beats}) answer SLVERR and change "
             "nothing; that the four parts of a layer fit together is for software to see to. "
             "Change segments only while no load of the layer is in progress.",
             layers_and_segments,

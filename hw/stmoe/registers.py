@@ -428,9 +428,7 @@ class Registers(wiring.Component):
             for field in table[name].fields:
                 store(part[field.lsb : field.lsb + field.width], field.lsb, write[name])
         beats_bad = Signal()
-        m.d.comb += beats_bad.eq(
-            hit["SEGMENT_BEATS"] & (word > config.expert_bytes // config.beat_bytes)
-        )
+        m.d.comb += beats_bad.eq(hit["SEGMENT_BEATS"] & (word > config.slot_beats))
         with m.If(self.segment_write.ready):
             m.d.sync += self.segment_write.valid.eq(0)
         with m.If(write["SEGMENT_BEATS"] & ~beats_bad & strobes.any()):

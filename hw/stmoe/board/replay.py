@@ -230,7 +230,7 @@ def replay(options: argparse.Namespace, write: Callable[[str], None]) -> int:
         config = config_of(options, trace, link.identify())
         attention, expert = times_of(config, options.load_ratio)
         times = Times(attention, expert, options.latency, (1, 1), options.seed)
-        load = config.top_k * config.expert_bytes // config.beat_bytes
+        load = config.top_k * config.slot_beats
         load_ratio = load / (attention + config.top_k * expert)
         began = time.monotonic()
         board = Board(link, config)

@@ -37,7 +37,7 @@ class AddressMap:
 
     def __init__(self, config: EngineConfig, stride: int | None = None):
         if stride is None:
-            stride = 1 << (config.expert_bytes - 1).bit_length()
+            stride = 1 << (config.slot_beats * config.beat_bytes - 1).bit_length()
         if stride < config.expert_bytes or stride % config.beat_bytes:
             raise ValueError(
                 f"stride must be at least expert_bytes ({config.expert_bytes}) and a multiple of "
@@ -48,13 +48,17 @@ class AddressMap:
             raise ValueError(
                 f"{size} bytes of experts do not fit in {config.axi_addr_width} address bits"
             )
+        if config.axi_data_width == 32 and size > 1 << 34:
+            raise ValueError(
+                f"{size} bytes of experts do not fit in 16 GiB, where beats of 32 bits differ"
+            )
         self.config = config
         self.stride = stride
 
     @property
     def beats(self) -> int:
         """AXI beats of one expert."""
-        return self.config.expert_bytes // self.config.beat_bytes
+        return self.config.slot_beats
 
     def base(self, layer: int) -> int:
         """Byte address of expert 0 of a layer."""

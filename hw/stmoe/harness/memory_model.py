@@ -12,13 +12,15 @@ from amaranth.lib.wiring import In, Out
 from stmoe.payloads import axi4_read_signature
 from stmoe_golden.config import EngineConfig
 
-__all__ = ["MemoryModel", "address_of", "content", "word_at"]
+__all__ = ["MemoryModel", "address_of", "beat_at", "content", "half_at", "word_at"]
 
 WORD_BYTES = 8
 WORD_BITS = 8 * WORD_BYTES
 WORD_SHIFT = 3
 MIX_SHIFT = 22
 MIX_KEY = 0x9E3779B97F4A7C15
+HALF_BITS, HALF_SHIFT, HALF_MIX = 32, 2, 11
+HALF_KEY = MIX_KEY >> HALF_BITS
 OKAY, SLVERR = 0, 2
 
 
@@ -34,12 +36,34 @@ def word_at(address: int) -> int:
     return mixed & ((1 << WORD_BITS) - 1)
 
 
+def half_at(address: int) -> int:
+    """The 32-bit word at byte ``address`` of a memory 32 bits wide, in plain Python.
+
+    As :func:`word_at`, with half of all widths: no two words of 16 GiB are alike.
+    """
+    word = address >> HALF_SHIFT
+    mixed = word ^ (word << HALF_MIX) ^ (word << 2 * HALF_MIX) ^ HALF_KEY
+    return mixed & ((1 << HALF_BITS) - 1)
+
+
+def beat_at(address: int, data_width: int) -> int:
+    """The beat at byte ``address`` (a multiple of the beat), in plain Python."""
+    if data_width == HALF_BITS:
+        return half_at(address)
+    words = range(data_width // WORD_BITS)
+    return sum(word_at(address + i * WORD_BYTES) << i * WORD_BITS for i in words)
+
+
 def content(address: ValueLike, *, data_width: int = WORD_BITS) -> Value:
     """The beat of ``data_width`` bits at byte ``address`` (a multiple of the beat), in hardware.
 
-    Words are those of :func:`word_at`, the one of the lowest address in the lowest bits.
+    Words are those of :func:`word_at`, the one of the lowest address in the lowest bits; where a
+    beat has 32 bits, those of :func:`half_at`.
     """
     address = Value.cast(address)
+    if data_width == HALF_BITS:
+        word = address[HALF_SHIFT:]
+        return (word ^ (word << HALF_MIX) ^ (word << 2 * HALF_MIX) ^ HALF_KEY)[:HALF_BITS]
     words = data_width // WORD_BITS
     skip = WORD_SHIFT + (words - 1).bit_length()
     result = []
@@ -50,7 +74,11 @@ def content(address: ValueLike, *, data_width: int = WORD_BITS) -> Value:
 
 
 def address_of(beat: ValueLike) -> Value:
-    """Byte address of a beat, from its data: the inverse of :func:`content`, in hardware."""
+    """Byte address of a beat, from its data: the inverse of :func:`content`, in hardware; of a
+    beat of 32 bits, modulo 16 GiB."""
+    if len(Value.cast(beat)) == HALF_BITS:
+        mixed = Value.cast(beat) ^ HALF_KEY
+        return Cat(0, 0, (mixed ^ (mixed << HALF_MIX))[:HALF_BITS])
     mixed = Value.cast(beat)[:WORD_BITS] ^ MIX_KEY
     return Cat(0, 0, 0, (mixed ^ (mixed << MIX_SHIFT))[: WORD_BITS - WORD_SHIFT])
 

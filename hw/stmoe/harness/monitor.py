@@ -33,7 +33,7 @@ from stmoe.payloads import (
     token_layout,
 )
 from stmoe.register_map import addr_width
-from stmoe_golden.config import EngineConfig
+from stmoe_golden.config import PAGE_BYTES, EngineConfig
 
 __all__ = ["LogPrinter", "Monitor", "Watched"]
 
@@ -221,14 +221,14 @@ class Monitor(wiring.Component):
         # AXI.
         ar, r = self.ar.payload, self.r.payload
         beat_bits = (config.beat_bytes - 1).bit_length()
-        page_beats = 4096 // config.beat_bytes
+        page_beats = PAGE_BYTES // config.beat_bytes
         last_beat = ar.addr[beat_bits:12] + ar.len
         fault(
             "bad_burst",
             took[Watched.AR]
             & (
                 (last_beat >= page_beats)
-                | (ar.len >= config.max_burst)
+                | (ar.len >= config.burst_beats)
                 | (ar.addr[:beat_bits] != 0)
             ),
         )
@@ -334,7 +334,7 @@ class LogPrinter(Elaboratable):
 
         token, route, grant = monitor.token.payload, monitor.route.payload, monitor.grant.payload
         ar, r, fill = monitor.ar.payload, monitor.r.payload, monitor.fill.payload
-        last_offset = config.expert_bytes // config.beat_bytes - 1
+        last_offset = config.slot_beats - 1
         with m.If(self.handshakes):
             line(took[Watched.TOKEN], "T", token.new_sequence, token.token_id)
             line(took[Watched.ROUTE], "R", route.layer, route.experts.as_value())

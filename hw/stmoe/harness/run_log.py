@@ -183,7 +183,7 @@ class RunLog:
 def times_of(config: EngineConfig, load_ratio: float) -> tuple[int, int]:
     """(attention, expert) cycles: a layer is half attention, half K experts, and the time to load
     K experts over the full link is ``load_ratio`` times the layer's."""
-    load = config.top_k * config.expert_bytes // config.beat_bytes
+    load = config.top_k * config.slot_beats
     layer = load / load_ratio
     return max(1, round(layer / 2)), max(1, round(layer / 2 / config.top_k))
 
