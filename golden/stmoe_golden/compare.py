@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -66,6 +67,8 @@ class Row:
             "needed": r.needed,
             "skipped": r.total("skipped"),
             "stall_share": stall / r.cycles,
+            "hidden": r.total("hidden_cycles") / r.compute_cycles,
+            "link_busy": r.link_cycles / r.cycles,
             "mean": mean_cycles / compute,
             "energy": dict(self.energy),
             "note": self.note,
@@ -86,6 +89,10 @@ class Comparison:
     expert_bytes: float
     token_seconds: float | None
     """Pure compute of a token, with a named system."""
+    dtype: str
+    """Of the experts, where their size is a preset's."""
+    config: dict[str, Any]
+    """Every field of the configuration: a report times the same again."""
     rows: list[Row]
     guardrails: list[str]
 
@@ -259,6 +266,8 @@ def compare(
         system=system,
         expert_bytes=float(sizes.mean()),
         token_seconds=seconds,
+        dtype=dtype,
+        config=dataclasses.asdict(config),
         rows=rows,
         guardrails=guardrails(trace, config, machine, best),
     )
