@@ -23,7 +23,7 @@ export OBJCACHE ?= ccache
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sim report browser test lint bench generate registers boards bitstream ppa clean
+.PHONY: help setup sim report browser test lint bench generate registers boards bitstream ppa regress clean
 .DELETE_ON_ERROR:
 
 help:
@@ -86,6 +86,12 @@ bitstream: $(FPGA) ## build the engine and its harness for a board: BOARD= PRESE
 	@$(BIN)/python -m fpga.build bitstream \
 		$(if $(BOARD),--board '$(BOARD)') $(if $(PRESET),--preset '$(PRESET)') \
 		$(if $(CLOCK),--clock '$(CLOCK)') $(if $(SEED),--seed '$(SEED)')
+
+CONFIGS ?= 50
+SEEDS ?= 3
+FIRST ?= 1
+regress: $(READY) ## random configurations, each built and held to golden: CONFIGS= SEEDS= FIRST=
+	@$(BIN)/python tb/regress.py --configs $(CONFIGS) --seeds $(SEEDS) --first $(FIRST)
 
 ppa: $(FPGA) ## area and Fmax of each preset, to docs/ppa.json (hours): PPA_ARGS=--preset=tiny
 	@$(BIN)/python -m fpga.ppa $(PPA_ARGS)

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make regress`: random configurations of the engine, each held to the golden model.
+
+Each configuration is drawn from a seed (shapes that are no powers of two, D from 0 to 4, all widths
+of the AXI bus, bursts of any length, quotas from 0, as few slots as there may be, one layer, one
+expert), elaborated, built with Verilator in the harness, and run on synthetic routing with random
+stalls, latency, bandwidth and answers out of order, once for each of ``--seeds``. Every event and
+every counter must be golden's. A failure names its configuration and its run, so that
+``--first N --configs 1`` repeats it, and leaves the configuration as TOML in ``build/regress``.
+Status 0 when all agree, 1 when one does not, 2 on bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import NoReturn
+
+from simulation import BUILD
+from stmoe_golden.config import ConfigError, EngineConfig
+from stmoe_golden.synthetic import markov_trace
+
+FOLDER = BUILD / "regress"
+BUILD_ARGS = ("-DREGRESS",)
+"""A build of its own, that g++ does not optimise: it takes longer than the runs."""
+
+TOKENS = 24
+
+
+class Parser(argparse.ArgumentParser):
+    """Usage errors are one line and status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"regress: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def random_config(seed: int) -> EngineConfig:
+    """A legal configuration; the same for the same seed."""
+    rng = random.Random(f"config {seed}")
+    while True:
+        layers = rng.choice((1, 2, 3, 4, 5, 6, 7))
+        experts = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 16))
+        top_k = rng.randint(1, min(experts, 5))
+        width = rng.choice((32, 64, 64, 128, 256, 512))
+        quota = rng.choice((0, 0, 1, 2, experts // 2, experts))
+        least = rng.random() < 0.3
+        try:
+            return EngineConfig(
+                num_layers=layers,
+                num_experts=experts,
+                top_k=top_k,
+                spatial_depth=rng.randint(0, 4),
+                weight_bits=rng.choice((4, 5, 6, 8, 8, 10)),
+                margin_low=rng.choice((8, 96, 192, 400)),
+                margin_step=rng.choice((0, 4, 32)),
+                margin_high=rng.choice((8, 64, 128)),
+                threshold=rng.choice((-200, -100, -20, 0, 10)),
+                adaptive=rng.random() < 0.7,
+                gate_window=rng.choice((8, 16, 32)),
+                gate_step=rng.choice((1, 8, 50)),
+                gate_patience=rng.choice((4, 64, 512)),
+                admission_bonus=rng.choice((0, 0, 16, 256, 2047)),
+                use_shift=rng.randint(0, 4),
+                select_max=rng.choice((0, 0, 1, 3)),
+                quota=quota,
+                staging=top_k if least else rng.randint(top_k, 3 * top_k + 2),
+                axi_data_width=width,
+                axi_addr_width=rng.choice((32, 40, 48)),
+                max_burst=rng.choice((1, 2, 5, 8, 16, 33, 64, 100, 256)),
+                max_outstanding=(outstanding := rng.choice((1, 2, 4, 8))),
+                prefetch_outstanding=rng.randint(1, outstanding),
+                num_transfers=rng.choice((0, 0, top_k, top_k + 1)),
+                expert_bytes=width // 8 * rng.choice((1, 3, 8, 21, 40)),
+                retry_limit=rng.choice((1, 2, 3)),
+            )
+        except ConfigError:
+            continue
+
+
+def run_one(number: int, runs: int, tokens: int) -> tuple[int, int, list[str]]:
+    """Build configuration ``number`` and run it; returns (number, records checked, failures)."""
+    from sim_run import SimulationError, run_simulation
+    from stmoe.harness.run_log import check_run
+    from stmoe.toolchain import ToolError
+    from stmoe_golden.checker import Mismatch
+
+    config = random_config(number)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path = FOLDER / f"config-{number}.toml"
+    config.save(path)
+    failures, records = [], 0
+    for run in range(1, runs + 1):
+        rng = random.Random(f"run {number} {run}")
+        trace = markov_trace(
+            num_tokens=tokens,
+            num_layers=config.num_layers,
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            seed=rng.randrange(1 << 30),
+            noise=rng.choice((0.2, 1.0, 3.0)),
+        )
+        where = f"configuration {number} ({path}), run {run}"
+        memory = {"reorder": rng.randrange(2)}
+        memory["interleave"] = memory["reorder"] & rng.randrange(2)
+        try:
+            log = run_simulation(
+                config,
+                {"experts": trace.experts, "sequence": trace.sequence},
+                attention_cycles=rng.choice((0, 40, 200)),
+                expert_cycles=rng.choice((1, 20, 100)),
+                latency=rng.choice((1, 5, 30, 100)),
+                bandwidth=rng.choice(((1, 1), (1, 2), (3, 7))),
+                seed=0 if run == 1 else rng.randrange(1, 1 << 30),
+                memory=memory,
+                out_dir=FOLDER / f"run-{number}-{run}",
+                build_args=BUILD_ARGS,
+            )
+            checked, counters = check_run(log, config)
+            records += checked
+            wrong = {name: pair for name, pair in counters.items() if pair[0] != pair[1]}
+            if wrong:
+                failures.append(f"{where}: counters [rtl, golden] {wrong}")
+            if len(log.finished) != tokens:
+                failures.append(f"{where}: {len(log.finished)} of {tokens} tokens finished")
+        except (Mismatch, SimulationError, ToolError, KeyError) as error:
+            failures.append(f"{where}: {type(error).__name__}: {error}")
+    return number, records, failures
+
+
+def positive(text: str) -> int:
+    """A number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of 1 or more, not {text!r}")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run them all; returns the exit status."""
+    parser = Parser(prog="make regress", description="Random configurations against golden.")
+    parser.add_argument("--configs", type=positive, default=50, help="how many (CONFIGS=)")
+    parser.add_argument("--seeds", type=positive, default=3, help="runs of each (SEEDS=)")
+    parser.add_argument("--first", type=positive, default=1, help="number of the first (FIRST=)")
+    parser.add_argument("--tokens", type=positive, default=TOKENS, help="of each run")
+    options = parser.parse_args(argv)
+    os.environ["MAKEFLAGS"] = "-j1 OPT_FAST=-O0 OPT_SLOW=-O0 OPT_GLOBAL=-O0"
+    began = time.perf_counter()
+    numbers = range(options.first, options.first + options.configs)
+    failed, records, done = 0, 0, 0
+    with ProcessPoolExecutor(max_workers=os.cpu_count() or 2) as pool:
+        jobs = [pool.submit(run_one, n, options.seeds, options.tokens) for n in numbers]
+        for job in as_completed(jobs):
+            number, checked, failures = job.result()
+            done += 1
+            records += checked
+            failed += bool(failures)
+            for failure in failures:
+                print(f"regress: FAIL {failure}", flush=True)
+            seconds = time.perf_counter() - began
+            print(
+                f"regress: {done} of {len(jobs)}, configuration {number} "
+                f"{'FAILED' if failures else 'agrees'}, {seconds:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+    print(
+        f"regress: {len(jobs)} configurations x {options.seeds} seeds, {records:,} events checked, "
+        f"{failed} configurations with mismatches, {time.perf_counter() - began:.0f} s"
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
