@@ -26,6 +26,7 @@ from stmoe_golden import trace_capture  # noqa: E402
 from stmoe_golden.trace_capture import CaptureOptions, capture_prompt, find_routers  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)  # small products: more threads only wait for each other
 VOCABULARY = 96
 SMALL = {
     "vocab_size": VOCABULARY,
