@@ -338,8 +338,10 @@ class RouterWatch:
             tokens = self._ids.shape[-1]
             if router.side == "scores":
                 scores = _scores(output, tokens)
-                decision = None if scores is None else torch.topk(scores, router.top_k, dim=-1)
-                decision = decision and (decision.indices, decision.values)
+                decision: tuple[Any, Any] | None = None
+                if scores is not None:
+                    best = torch.topk(scores, router.top_k, dim=-1)
+                    decision = best.indices, best.values
             else:
                 values = (args, kwargs) if router.side == "input" else output
                 decision = _decision(values, tokens)
