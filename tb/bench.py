@@ -347,10 +347,19 @@ def part_report() -> Iterator[Figure]:
         yield Figure(*figure)
 
 
+def part_adaptive() -> Iterator[Figure]:
+    """The adaptive gate against the best static threshold."""
+    from bench_adaptive import figures
+
+    for figure in figures():
+        yield Figure(*figure)
+
+
 PARTS: dict[str, Callable[[], Iterator[Figure]]] = {
     "replay": part_replay,
     "compare": part_compare,
     "report": part_report,
+    "adaptive": part_adaptive,
     "latency": part_latency,
     "speed": part_speed,
     "dma": part_dma,

@@ -790,7 +790,7 @@ async def random_loads(dut):
         bench = Bench(dut, config, rng)
         await bench.reset(random_tables(config, rng))
         try:
-            await random_traffic(bench, 1500)
+            await random_traffic(bench, 2500)
         except AssertionError as error:
             raise AssertionError(f"SEED={seed}: {error}") from error
         for what, count in bench.reference.count.items():
@@ -802,7 +802,9 @@ async def random_loads(dut):
         needed += ["empty load"] if config.num_layers > 1 else []
         needed += ["promote with bursts left", "status 0", "status 1", "status 2"]
         needed += ["cancel of a demand in the order", "watchdog", f"status {TIMEOUT}"]
-        needed += ["retry", "retry of a prefetch"] if config.retry_limit else []
+        needed += ["retry"] if config.retry_limit else []
+        # With a single transfer a prefetch seldom lives long enough to start again.
+        needed += ["retry of a prefetch"] if config.retry_limit and config.transfers > 1 else []
         for what in needed:
             assert total.get(what), f"never happened: {what}"
 
