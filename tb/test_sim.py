@@ -313,6 +313,6 @@ def test_report_has_what_other_programs_read(tmp_path):
     assert 0.9 < report["load_ratio"] < 1.1
     assert all(rtl == golden for rtl, golden in report["counters"].values())
     assert report["counters"]["tokens"] == [50, 50]
-    assert set(report["latency"]) == {"mean", "p50", "p99"}
+    assert set(report["latency"]) == {"mean", "p50", "p99", "cycles"}
     assert set(report["prediction"]["recall"]) == {"1K", "1.5K", "2K", "3K"}
     assert latency_of is not None
