@@ -1,0 +1,732 @@
+# amaranth: UnusedElaboratable=no
+# SPDX-License-Identifier: Apache-2.0
+"""What the benches of the whole engine share: observed top, memory, monitors, scoreboard, traffic.
+
+Memory and register master are cocotbext-axi's. Monitors record every handshake with its cycle;
+:class:`stmoe_golden.checker.Checker` decides from them what the event port must say.
+:class:`EngineBench` plays the accelerator and holds the engine to golden; what it sends, and when,
+its subclasses decide: :class:`RandomTraffic` here, scenes in ``test_directed.py``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter as Tally
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import cocotb
+from amaranth.hdl import Cat, Module, Signal
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+from cocotb.clock import Clock
+from cocotb.triggers import Event, RisingEdge
+from cocotbext.axi import AxiLiteBus, AxiLiteMaster, AxiRamRead, AxiReadBus
+
+from simulation import pack, unpack
+from stmoe.payloads import (
+    event_layout,
+    fill_layout,
+    grant_layout,
+    release_layout,
+    route_layout,
+    token_layout,
+)
+from stmoe.register_map import COUNTERS, registers
+from stmoe.top import EngineTop
+from stmoe_golden.checker import Checker, Kind, Record, Segment, Settings
+from stmoe_golden.config import FRACTION_BITS, NUM_SEGMENTS, EngineConfig
+
+WATCHED = (
+    "s_axis_token",
+    "s_axis_route",
+    "m_axis_grant",
+    "s_axis_release",
+    "m_axis_fill",
+    "m_axis_event",
+    "m_axi_ar",
+    "m_axi_r",
+)
+TOKEN, ROUTE, GRANT, RELEASE, FILL, EVENT, AR, R = (1 << i for i in range(len(WATCHED)))
+
+
+class ObservedTop(wiring.Component):
+    """:class:`EngineTop`, and for speed more outputs, one bit for each stream of WATCHED.
+
+    ``took``: a handshake in this cycle. ``waits``: offered and not taken. ``unstable``: the engine
+    withdrew or changed what it had offered in the cycle before.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.top = EngineTop(config)
+        count = len(WATCHED)
+        more = dict.fromkeys(("took", "waits", "unstable"), Out(count))
+        super().__init__({**dict(self.top.signature.members), **more})
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.submodules.top = top = self.top
+        for name, member in top.signature.members.items():
+            ours, theirs = getattr(self, name), getattr(top, name)
+            m.d.comb += theirs.eq(ours) if member.flow == In else ours.eq(theirs)
+        for i, prefix in enumerate(WATCHED):
+            separator = "" if prefix in ("m_axi_ar", "m_axi_r") else "_t"
+            names = [n for n in top.signature.members if n.startswith(prefix + separator)]
+            valid = getattr(top, f"{prefix}{separator}valid")
+            ready = getattr(top, f"{prefix}{separator}ready")
+            m.d.comb += [self.took[i].eq(valid & ready), self.waits[i].eq(valid & ~ready)]
+            if prefix.startswith("m_") and prefix != "m_axi_r":
+                payload = Cat(getattr(top, n) for n in names if not n.endswith(("valid", "ready")))
+                offered = Signal(name=f"{prefix}_offered")
+                last = Signal(len(payload), name=f"{prefix}_last")
+                m.d.sync += [offered.eq(valid & ~ready), last.eq(payload)]
+                m.d.comb += self.unstable[i].eq(offered & (~valid | (payload != last)))
+        return m
+
+
+GUARD = None
+"""In a slot's word that the load has not written."""
+
+SLVERR = 2
+
+EVERYTHING = 15
+"""CONTROL: prefetching, learning, ordered, adaptive."""
+
+
+def content(address: int, width: int) -> int:
+    """The beat at an address, of ``width`` bits; every address bit matters."""
+    value = (address + 1) * 0x9E37_79B9_7F4A_7C15_F39C_C060_5CED_C835
+    return (value ^ value >> 61) & ((1 << width) - 1)
+
+
+class Tier(AxiRamRead):
+    """Memory whose content follows from the address; it may fail or stay silent."""
+
+    def __init__(self, bus, clock, reset, config: EngineConfig) -> None:
+        super().__init__(bus, clock, reset, size=1 << config.axi_addr_width)
+        self.data_width = config.axi_data_width
+        self.ar_channel.queue_occupancy_limit = 64
+        self.fails = lambda address: False
+        self.silent = False
+
+    async def _read(self, address: int, length: int) -> bytes:
+        if self.silent:
+            await Event().wait()
+        if self.fails(address):
+            raise OSError(f"no data at {address:#x}")
+        return content(address, self.data_width).to_bytes(length, "little")
+
+
+def pauses(rng: random.Random) -> Iterator[bool]:
+    """A pause generator: none, some, many or in stretches; never longer than 64 cycles."""
+    share, stretch = rng.choice(((0, 1), (0.2, 1), (0.5, 1), (0.8, 1), (0.3, 16)))
+    length = 0
+    while True:
+        pause = rng.random() < share and length < 48
+        for _ in range(stretch):
+            length = length + 1 if pause else 0
+            yield pause
+
+
+class Sink:
+    """``tready`` of a stream, changed at random."""
+
+    def __init__(self, signal) -> None:
+        self.signal = signal
+        self.pauses: Iterator[bool] = iter(())
+        self.now = 1
+        signal.value = 1
+
+    def step(self) -> None:
+        ready = not next(self.pauses, False)
+        if ready != self.now:
+            self.now = ready
+            self.signal.value = ready
+
+
+class EngineBench:
+    """Accelerator, memory, register master, monitors and scoreboard round an :class:`ObservedTop`.
+
+    A subclass offers tokens and routes with :meth:`offer_token` and :meth:`offer_route`, says with
+    :meth:`took_grant` when a grant is released, and is called in every cycle (:meth:`drive`).
+
+    Attributes
+    ----------
+    cycle : int
+        Cycles since reset, as the event port counts them.
+    log : dict of lists
+        What :class:`Checker` wants of the monitors, and the records of the event port.
+    segments : list [L] of list of :class:`Segment`
+        As the engine has them now; ``segments_at`` keeps what they were, and until when.
+    due : list of (cycle, slot)
+        Grants to be released.
+    held : Tally
+        Grants of each slot that have not been released.
+    """
+
+    MEMORY: type[Tier] = Tier
+
+    def __init__(self, dut, config: EngineConfig) -> None:
+        self.dut, self.config = dut, config
+        self.beats = config.expert_bytes // config.beat_bytes
+        self.map = {r.name: r for r in registers(config)}
+        self.layouts = {
+            "token": token_layout(config),
+            "route": route_layout(config),
+            "release": release_layout(config),
+            "grant": grant_layout(config),
+            "fill": fill_layout(config),
+            "event": event_layout(config),
+        }
+        dut.rst.value = 1
+        cocotb.start_soon(Clock(dut.clk, 10, unit="ns").start())
+        self.master = AxiLiteMaster(AxiLiteBus.from_prefix(dut, "s_axil"), dut.clk, dut.rst)
+        self.ram = self.MEMORY(AxiReadBus.from_prefix(dut, "m_axi"), dut.clk, dut.rst, config)
+        w, r = self.master.write_if, self.master.read_if
+        self.axil_channels = (w.aw_channel, w.w_channel, w.b_channel, r.ar_channel, r.r_channel)
+        self.sinks = {
+            name: Sink(getattr(dut, f"m_axis_{name}_tready")) for name in ("grant", "fill", "event")
+        }
+        self.running = False
+        cocotb.start_soon(self._each_cycle())
+
+    async def reset(self, seed: int, *, stalls: bool = True) -> None:
+        """A new run, everything as after power-up; with ``stalls`` every stream has pauses."""
+        dut, self.rng = self.dut, random.Random(seed)
+        rng = self.rng
+        dut._log.warning("seed %d", seed)
+        self.running = False
+        dut.rst.value = 1
+        for name in ("token", "route", "release"):
+            getattr(dut, f"s_axis_{name}_tvalid").value = 0
+        self.cycle = self.quiet = 0
+        self.offered: dict[str, Any] = {}
+        self.driven = dict.fromkeys(("token", "route", "release"), False)
+        self.expected_layer, self.token_taken = 0, False
+        self.held: Tally[int] = Tally()
+        self.due: list[tuple[int, int]] = []
+        self.buffer = [[GUARD] * self.beats for _ in range(self.config.num_slots)]
+        self.loaded_from: list[list[list[Segment]]] = [[] for _ in range(self.config.num_slots)]
+        self.log: dict[str, list] = {
+            name: []
+            for name in (
+                "tokens",
+                "routes",
+                "grants",
+                "releases",
+                "addresses",
+                "last_beats",
+                "fills",
+                "events",
+            )
+        }
+        self.waits = 0
+        self.event_waits = 0
+        self.taken: Tally[str] = Tally()
+        self.foreign_tokens: set[int] = set()
+        self.worst: Tally[int] = Tally()
+        self.fill_beats = 0
+        self.segments: list[list[Segment]] = []
+        self.segments_at: list[tuple[int, int, list[Segment]]] = []
+        self.last_beats: set[tuple[int, int]] = set()
+        self.settings = [
+            Settings(
+                self.config.threshold << FRACTION_BITS, [self.config.quota] * self.config.num_layers
+            )
+        ]
+        self.ram.fails = lambda address: False
+        self.ram.silent = False
+        for channel in (*self.axil_channels, self.ram.ar_channel, self.ram.r_channel):
+            channel.set_pause_generator(pauses(random.Random(rng.random())) if stalls else None)
+            channel.pause = False
+        for sink in self.sinks.values():
+            sink.pauses = pauses(random.Random(rng.random())) if stalls else iter(())
+        for _ in range(4):
+            await RisingEdge(dut.clk)
+        dut.rst.value = 0
+        self.running = True
+
+    async def cycles(self, count: int) -> None:
+        for _ in range(count):
+            await RisingEdge(self.dut.clk)
+
+    # What a subclass decides -------------------------------------------------------------------
+
+    def drive(self) -> None:
+        """Called in every cycle after the monitors."""
+
+    def took_grant(self, slot: int) -> None:
+        """A grant without error was taken: say in ``due`` when it is released."""
+        self.due.append((self.cycle, slot))
+
+    def took_route(self, route: dict[str, Any], legal: bool) -> None:
+        """A route was taken by the engine."""
+
+    # Monitors ----------------------------------------------------------------------------------
+
+    async def _each_cycle(self) -> None:
+        """All monitors and all stream drivers, in one coroutine for speed."""
+        dut = self.dut
+        edge = RisingEdge(dut.clk)
+        while True:
+            await edge
+            if not self.running or self.cycle == 0 and dut.rst.value == 1:
+                continue
+            took = int(dut.took.value)
+            assert int(dut.unstable.value) == 0, (
+                f"cycle {self.cycle}: an offer was withdrawn or changed on "
+                f"{[p for i, p in enumerate(WATCHED) if int(dut.unstable.value) >> i & 1]}"
+            )
+            if took:
+                self._monitor(took)
+            self.waits = int(dut.waits.value)
+            self.event_waits += self.waits & EVENT > 0
+            self._drive()
+            self.quiet = self.quiet + 1 if not took else 0
+            self.cycle += 1
+
+    def _payload(self, name: str) -> dict[str, Any]:
+        value = int(getattr(self.dut, f"m_axis_{name}_tdata").value)
+        return unpack(self.layouts[name], value)
+
+    def _monitor(self, took: int) -> None:
+        dut, cycle, log = self.dut, self.cycle, self.log
+        if took & FILL:
+            fill = self._payload("fill")
+            slot, offset = fill["slot"], fill["offset"]
+            assert slot < self.config.num_slots and offset < self.beats, f"cycle {cycle}: {fill}"
+            assert not self.held[slot], f"cycle {cycle}: slot {slot} is filled while in use"
+            if offset == 0:
+                self.buffer[slot] = [GUARD] * self.beats
+                self.loaded_from[slot] = list(self.segments)
+            self.buffer[slot][offset] = fill["data"]
+            self.fill_beats += 1
+            if (offset, fill["data"]) in self.last_beats:
+                log["fills"].append((cycle, slot))
+        if took & EVENT:
+            log["events"].append(Record(**self._payload("event"), delivered=cycle))
+        if took & AR:
+            log["addresses"].append(
+                (
+                    cycle,
+                    int(dut.m_axi_arid.value),
+                    int(dut.m_axi_araddr.value),
+                    int(dut.m_axi_arlen.value) + 1,
+                )
+            )
+        if took & R:
+            index, resp = int(dut.m_axi_rid.value), int(dut.m_axi_rresp.value)
+            self.worst[index] = max(self.worst[index], resp)
+            if dut.m_axi_rlast.value == 1:
+                log["last_beats"].append((cycle, index, self.worst.pop(index)))
+        if took & GRANT:
+            grant = self._payload("grant")
+            assert grant["context"] == 0
+            log["grants"].append(
+                (cycle, grant["layer"], grant["expert"], grant["slot"], grant["error"])
+            )
+            if not grant["error"]:
+                slot = grant["slot"]
+                self._check_content(grant["layer"], grant["expert"], slot)
+                self.held[slot] += 1
+                self.took_grant(slot)
+        if took & RELEASE:
+            slot = self.offered.pop("release")
+            log["releases"].append((cycle, slot))
+        if took & TOKEN:
+            token = self.offered.pop("token")
+            new_sequence = token["new_sequence"]
+            if token["context"]:
+                # The checker knows of no contexts: a flag that no TOKEN record can have.
+                new_sequence = 2
+                self.foreign_tokens.add(cycle)
+            else:
+                self.expected_layer, self.token_taken = 0, True
+            log["tokens"].append((cycle, new_sequence, token["token_id"]))
+        if took & ROUTE:
+            route, legal = self.offered.pop("route")
+            experts = route["experts"]
+            if legal:
+                self.taken["route"] += 1
+                self.expected_layer = (route["layer"] + 1) % self.config.num_layers
+                self.token_taken = self.expected_layer != 0
+            elif route["context"]:
+                # As above: surely illegal.
+                experts = [self.config.num_experts] * self.config.top_k
+            log["routes"].append((cycle, route["layer"], experts))
+            self.took_route(route, legal)
+
+    def _check_content(self, layer: int, expert: int, slot: int) -> None:
+        """The slot holds the expert's bytes, and nothing beyond them was written."""
+        # A layer without beats fills nothing.
+        segments = (self.loaded_from[slot] or self.segments)[layer]
+        wanted = [
+            content(s.base + expert * s.stride + beat * self.config.beat_bytes, self.ram.data_width)
+            for s in segments
+            for beat in range(s.beats)
+        ]
+        if wanted:
+            wanted += [GUARD] * (self.beats - len(wanted))
+            assert self.buffer[slot] == wanted, (
+                f"cycle {self.cycle}: slot {slot} does not hold expert {expert} of layer {layer}"
+            )
+
+    # Drivers -----------------------------------------------------------------------------------
+
+    def _offer(self, name: str, fields: dict[str, Any], what: object = None) -> None:
+        self.offered[name] = fields if what is None else what
+        getattr(self.dut, f"s_axis_{name}_tdata").value = pack(self.layouts[name], fields)
+        getattr(self.dut, f"s_axis_{name}_tvalid").value = 1
+        self.driven[name] = True
+
+    def offer_token(self, *, new_sequence: bool = False, context: int = 0) -> None:
+        """From this cycle on, until it is taken."""
+        token_id = self.rng.getrandbits(32)
+        self._offer(
+            "token",
+            {"context": context, "token_id": token_id, "new_sequence": int(new_sequence)},
+        )
+
+    def offer_route(self, layer: int, experts: Sequence[int], context: int = 0, legal=True) -> None:
+        """From this cycle on, until it is taken."""
+        route = {"context": context, "layer": layer, "experts": list(experts)}
+        self._offer("route", route, (route, legal))
+
+    def _drive(self) -> None:
+        for sink in self.sinks.values():
+            sink.step()
+        for name, driven in self.driven.items():
+            if driven and name not in self.offered:
+                getattr(self.dut, f"s_axis_{name}_tvalid").value = 0
+                self.driven[name] = False
+        if "release" not in self.offered:
+            slot = self.next_release()
+            if slot is not None:
+                self._offer("release", {"slot": slot}, slot)
+        self.drive()
+
+    def next_release(self) -> int | None:
+        """The slot that is released next, if any grant of it is due."""
+        ready = [item for item in self.due if item[0] <= self.cycle]
+        if not ready:
+            return None
+        item = self.rng.choice(ready)
+        self.due.remove(item)
+        self.held[item[1]] -= 1
+        return item[1]
+
+    # Registers ---------------------------------------------------------------------------------
+
+    async def put(self, register: str, *index_value: int) -> int:
+        """Write a register; the response."""
+        *index, value = index_value
+        data = (value & 0xFFFF_FFFF).to_bytes(4, "little")
+        return int((await self.master.write(self.map[register].at(*index), data)).resp)
+
+    async def get(self, register: str, *index: int) -> int:
+        return await self.master.read_dword(self.map[register].at(*index))
+
+    def random_segments(self) -> list[Segment]:
+        """A layer in up to 4 parts, anywhere, also across 4 KiB; none has more beats than fit."""
+        rng, beats, config = self.rng, self.beats, self.config
+        total = rng.choice((beats, rng.randint(1, beats), rng.randint(1, beats)))
+        if rng.random() < 0.03:
+            total = 0
+        cuts = sorted(rng.randint(0, total) for _ in range(NUM_SEGMENTS - 1))
+        segments = []
+        for a, b in zip([0, *cuts], [*cuts, total], strict=True):
+            stride = max(1, b - a + rng.choice((0, 0, 1, 100))) * config.beat_bytes
+            base = rng.getrandbits(config.axi_addr_width - 18) << 17
+            base += (4096 - rng.randint(0, 2 * beats) * config.beat_bytes) % 8192
+            segments.append(Segment(base, stride, b - a))
+        return segments
+
+    async def write_segments(self, layer: int, segments: list[Segment]) -> None:
+        """Program one layer; parts that are not given are unused."""
+        for part, segment in enumerate(segments):
+            await self.put("SEGMENT_BASE_LOW", layer, part, segment.base)
+            await self.put("SEGMENT_BASE_HIGH", layer, part, segment.base >> 32)
+            await self.put("SEGMENT_STRIDE", layer, part, segment.stride)
+            assert await self.put("SEGMENT_BEATS", layer, part, segment.beats) == 0
+        for part in range(len(segments), NUM_SEGMENTS):
+            assert await self.put("SEGMENT_BEATS", layer, part, 0) == 0
+        # Content follows from the address, so a beat tells whether it is its expert's last one.
+        used = [s for s in segments if s.beats]
+        for expert in range(self.config.num_experts if used else 0):
+            end = used[-1].base + expert * used[-1].stride
+            end += (used[-1].beats - 1) * self.config.beat_bytes
+            beat = content(end, self.config.axi_data_width)
+            self.last_beats.add((sum(s.beats for s in used) - 1, beat))
+
+    async def program_segments(self, segments: list[list[Segment]] | None = None) -> None:
+        """Program every layer; any segments where none are given. Before the first token."""
+        self.segments = segments or [self.random_segments() for _ in range(self.config.num_layers)]
+        for layer, parts in enumerate(self.segments):
+            await self.write_segments(layer, parts)
+
+    async def rewrite_segments(self, layer: int, segments: list[Segment]) -> None:
+        """Other segments for a layer of which no load is in flight, nor can be started yet."""
+        self.segments_at.append((self.cycle, layer, self.segments[layer]))
+        await self.write_segments(layer, segments)
+        self.segments[layer] = segments
+
+    async def commit(
+        self,
+        control: int = EVERYTHING,
+        threshold: int | None = None,
+        quota: list[int] | None = None,
+        *,
+        wait: bool = True,
+    ) -> bool:
+        """Write all shadow registers and commit; a set that breaks a rule must be refused.
+
+        ``threshold`` in quarter units; what is not given is as after reset. ``wait`` for the
+        answer, which comes when the set is active. Returns whether it was legal.
+        """
+        config = self.config
+        limit = 1 << (config.score_bits - 1)
+        if threshold is None:
+            threshold = config.threshold << FRACTION_BITS
+        if quota is None:
+            quota = [config.quota] * config.num_layers
+        writes: list[tuple[Any, ...]] = [("CONTROL", control), ("THRESHOLD", threshold)]
+        writes += [("QUOTA", layer, value) for layer, value in enumerate(quota)]
+        self.rng.shuffle(writes)
+        for write in writes:
+            await self.put(*write)
+        legal = (
+            sum(quota) + config.top_k <= config.num_slots
+            and max(quota) <= config.num_experts
+            and -limit <= threshold < limit
+        )
+        if legal:
+            bits = (bool(control >> bit & 1) for bit in range(4))
+            self.settings.append(Settings(threshold, list(quota), *bits))
+        self.taken["legal commit" if legal else "refused commit"] += 1
+        await self.put("COMMIT", 1)
+        if wait:
+            status = await self.get("STATUS")
+            assert status >> 1 & 1 == (not legal)
+            if not legal:
+                await self.put("STATUS", 2)
+        return legal
+
+    # End ---------------------------------------------------------------------------------------
+
+    def owes(self) -> bool:
+        """There is something left to be sent or released."""
+        return bool(self.due or "route" in self.offered or "token" in self.offered)
+
+    async def drain(self, patience: int = 30_000) -> None:
+        """Until every event has been taken, granted and released, and the engine is quiet."""
+        last, since = None, self.cycle
+        while True:
+            await self.cycles(50)
+            if not self.owes() and self.quiet > 400:
+                return
+            progress = (len(self.log["events"]), self.taken["route"])
+            if progress != last:
+                last, since = progress, self.cycle
+            assert self.cycle - since < patience, f"cycle {self.cycle}: no progress since {since}"
+
+    def check(self, kind: type[Checker] = Checker) -> Any:
+        """Every record is what the golden model says; the checker (of class ``kind``)."""
+        log = dict(self.log)
+        events = log.pop("events")
+        checker = kind(
+            self.config,
+            segments=[list(s) for s in self.segments],
+            settings=self.settings,
+            **log,
+            counters=[counter.name for counter in COUNTERS],
+        )
+        # Backwards, so that the first of a layer's changes is undone last.
+        for _, layer, before in reversed(self.segments_at):
+            checker.segments[layer] = before
+        changes = [
+            (cycle, layer, self._segments_after(number, layer))
+            for number, (cycle, layer, _) in enumerate(self.segments_at)
+        ]
+        checker.run(self._apply_changes(events, changes, checker))
+        checker.counters["discarded_beats"] = checker.counters["beats"] - self.fill_beats
+        dropped = {r.cycle for r in events if r.kind == Kind.ILLEGAL and r.flag == 2}
+        assert dropped == self.foreign_tokens, "tokens dropped"
+        return checker
+
+    def _segments_after(self, number: int, layer: int) -> list[Segment]:
+        """What change ``number`` made of the layer: what the layer's next change found there."""
+        for _, other, before in self.segments_at[number + 1 :]:
+            if other == layer:
+                return before
+        return self.segments[layer]
+
+    @staticmethod
+    def _apply_changes(events, changes, checker: Checker) -> Iterator[Record]:
+        """The records, with the checker's segments as they were in the cycle of each."""
+        changes = list(changes)
+        for record in events:
+            while changes and changes[0][0] <= record.cycle:
+                _, layer, segments = changes.pop(0)
+                if any(t.layer == layer for t in checker.transfers.values()):
+                    checker.fail(record, f"segments of layer {layer} were written under a load")
+                checker.segments[layer] = segments
+            yield record
+
+    def check_nothing_lost(self, checker: Checker) -> None:
+        """At rest: every route has all its grants, every slot is free or holds an expert."""
+        routed = self.config.top_k * self.taken["route"]
+        assert len(self.log["grants"]) == routed == len(self.log["releases"])
+        resident = sorted(int(s) for s in checker.buffer.slot[checker.buffer.slot >= 0])
+        assert sorted([*checker.free, *resident]) == list(range(self.config.num_slots))
+        assert not any(checker.pins) and not checker.quarantined
+
+    async def check_tables(self, checker: Checker) -> None:
+        """Every weight, read over AXI4-Lite, is golden's."""
+        state = checker.predictor.state
+        tables = [state.bias[:, None], state.temporal, *state.spatial]
+        for number, table in enumerate(tables):
+            for layer, rows in enumerate(table):
+                for expert, row in enumerate(rows):
+                    await self.put("TABLE_INDEX", number << 24 | layer << 16 | expert << 8)
+                    got = [await self.get("TABLE_VALUE") for _ in row]
+                    assert got == [int(w) & 0xFFFF_FFFF for w in row], (number, layer, expert)
+        assert any(table.any() for table in tables)
+
+    async def check_counters(self, checker: Checker) -> None:
+        """Read over AXI4-Lite; and the interrupt's causes."""
+        got = {}
+        for i, counter in enumerate(COUNTERS):
+            got[counter.name] = await self.get("COUNTER", i)
+        wanted = {counter.name: checker.counters[counter.name] for counter in COUNTERS}
+        assert got == wanted
+        status = await self.get("IRQ_STATUS")
+        causes = ("errors", "timeouts", "illegal", None, None)
+        expected = sum((got[c] > 0) << i for i, c in enumerate(causes) if c)
+        expected |= (self.taken["refused commit"] > 0) << 4
+        assert status == expected
+        for enable in (0, status, 31 & ~status):
+            await self.put("IRQ_ENABLE", enable)
+            await self.cycles(2)
+            assert self.dut.irq.value == bool(status & enable)
+
+
+class RandomTraffic(EngineBench):
+    """Legal and illegal events at random: set ``routes_left``, then :meth:`drain`.
+
+    Attributes
+    ----------
+    routes_left : int
+        Routes still to be offered, illegal ones included.
+    illegal : float
+        Share of illegal routes; half as many tokens, and now and then releases nobody owes.
+    event_rate : float
+        Chance in each cycle that a token or route is offered where there is none.
+    sequences : float
+        Share of tokens that begin a new sequence.
+    interrupts : float
+        Share of those that may come in the middle of a token.
+    delays : (int, int)
+        Cycles from a grant to its release.
+    """
+
+    async def reset(self, seed: int, *, stalls: bool = True) -> None:
+        self.routes_left = 0
+        self.held_back = False
+        self.previous: dict[int, list[int]] = {}
+        self.rogues: list[int] = []  # releases that nobody owes
+        self.rogue_wanted: bool | str = False
+        draw = random.Random(f"traffic {seed}")
+        self.delays = draw.choice(((0, 5), (0, 60), (20, 300)))
+        self.illegal = draw.choice((0, 0.1, 0.3))
+        self.event_rate = draw.choice((0.02, 0.2, 1))
+        self.sequences, self.interrupts = 0.1, 0.05
+        await super().reset(seed, stalls=stalls)
+
+    def took_grant(self, slot: int) -> None:
+        self.due.append((self.cycle + self.rng.randint(*self.delays), slot))
+
+    def took_route(self, route: dict[str, Any], legal: bool) -> None:
+        if legal:
+            self.previous[route["layer"]] = route["experts"]
+        self.rogue_wanted |= self.illegal > 0 and self.rng.random() < 0.1
+
+    def owes(self) -> bool:
+        return self.routes_left > 0 or bool(self.due or "route" in self.offered)
+
+    def next_release(self) -> int | None:
+        return self.rogues.pop() if self.rogues else super().next_release()
+
+    def drive(self) -> None:
+        rng, offered = self.rng, self.offered
+        if self.held_back or not self.routes_left and "route" not in offered:
+            return
+        if "token" not in offered and rng.random() < self.event_rate:
+            foreign = rng.random() < self.illegal / 2
+            sequence = rng.random() < self.sequences
+            # In the middle of a token only now and then; a foreign token may always come.
+            interrupt = sequence and rng.random() < self.interrupts
+            if not self.token_taken or foreign or interrupt:
+                self.offer_token(new_sequence=sequence, context=int(foreign))
+        if self.rogue_wanted:
+            if "route" not in offered:
+                self._go_rogue()
+        elif self.routes_left and "route" not in offered and rng.random() < self.event_rate:
+            self._offer_any_route()
+
+    def _go_rogue(self) -> None:
+        """Release what is not held, at a time at which it cannot hit a grant on its way."""
+        if len(self.log["grants"]) < self.config.top_k * self.taken["route"]:
+            return
+        if self.rogue_wanted != "sent":
+            self.rogue_wanted = "sent"
+            slots = [s for s in range(1 << self.config.slot_bits) if not self.held[s]]
+            for slot in self.rng.sample(slots, min(len(slots), 3)):
+                self.rogues += [slot] * self.rng.choice((1, 2))
+        elif not self.rogues and "release" not in self.offered:
+            self.rogue_wanted = False
+
+    def _offer_any_route(self) -> None:
+        rng, layer, config = self.rng, self.expected_layer, self.config
+        everyone = range(config.num_experts)
+        experts = rng.sample(everyone, config.top_k)
+        if layer in self.previous and rng.random() < 0.7:
+            experts = list(self.previous[layer])
+            if rng.random() < 0.5:
+                other = rng.choice(everyone)
+                if other not in experts:
+                    experts[rng.randrange(config.top_k)] = other
+        context, legal = 0, rng.random() >= self.illegal
+        if not legal:
+            kind = rng.choice(("expert", "duplicate", "layer", "context"))
+            rank = rng.randrange(config.top_k)
+            if kind == "duplicate" and config.top_k == 1:
+                kind = "expert"
+            if kind == "expert":
+                experts[rank] = rng.randrange(config.num_experts, 1 << config.expert_bits)
+            elif kind == "duplicate":
+                experts[rank] = experts[rank - 1]
+            elif kind == "layer":
+                layer = rng.choice([x for x in range(1 << config.layer_bits) if x != layer])
+            else:
+                context = 1
+        self.routes_left -= 1
+        self.offer_route(layer, experts, context, legal)
+
+    async def commits(self) -> None:
+        """Commits at random times while routes are left."""
+        rng, config = self.rng, self.config
+        limit = 1 << (config.score_bits - 1)
+        while self.routes_left:
+            await self.cycles(rng.randrange(600))
+            quota = [0] * config.num_layers
+            spare = config.num_slots - config.top_k
+            for _ in range(rng.randint(0, spare)):
+                quota[rng.randrange(config.num_layers)] += 1
+            threshold = rng.choice((-400, -40, 0, 40, 400, rng.randrange(-limit, limit)))
+            fault = rng.randrange(8)
+            if fault == 0:
+                quota[rng.randrange(config.num_layers)] += spare + 1
+            elif fault == 1:
+                threshold = rng.choice((-limit - 1, limit, 1 << 30))
+            control = EVERYTHING if rng.random() < 0.5 else rng.randrange(16)
+            await self.commit(control, threshold, quota)
