@@ -627,21 +627,23 @@ async def back_to_back_events_touch_the_same_rows(dut) -> None:
     """Each event waits before the one before it is over, and learns in the rows that one read."""
     d = Director(dut, CONFIG)
     await d.begin(beats=1, control=PREFETCHING | LEARNING | ORDERED)
-    rounds = 0
-    while rounds < 60:
+    sets = ((0, 1), (1, 0), (0, CONFIG.num_experts - 1))
+    offers: list[int] = []
+    while len(offers) < 60:
         await RisingEdge(dut.clk)
         if not d.token_taken and "token" not in d.offered:
             d.offer_token()
         if "route" not in d.offered:
-            experts = [(0, 1), (1, 0), (0, CONFIG.num_experts - 1)][rounds // 3 % 3]
-            d.offer_route(d.expected_layer, experts)
-            rounds += 1
+            d.offer_route(d.expected_layer, sets[len(offers) // 3 % 3])
+            offers.append(d.cycle)
     checker = await d.finish()
-    routes = [r.cycle for r in d.events(Kind.ROUTE)]
-    commits = [r.cycle for r in d.events(Kind.SCORE_COMMIT)]
-    # From the commit of an event's rows to the next event: no pause but for the token between.
-    gaps = [min(r - c for c in commits if c < r) for r in routes[1:]]
-    assert min(gaps) < 24, gaps
+    # Expert 0 is in every set, so its row is read by every event and learns with the next one,
+    # which has been waiting since before the rows of the one before it were committed.
+    commits = [r.cycle for r in d.events(Kind.SCORE_COMMIT) if r.cycle > offers[0]]
+    last = CONFIG.num_layers - 1
+    of_routes = [c for i, c in enumerate(commits) if i % (CONFIG.num_layers + 1) <= last]
+    assert len(d.events(Kind.ROUTE)) == len(offers) == len(of_routes)
+    assert all(offer < c for offer, c in zip(offers[1:], of_routes, strict=False))
     await d.check_tables(checker)
 
 
@@ -687,6 +689,141 @@ async def smallest_shapes_under_any_traffic(dut) -> None:
         tb.check_nothing_lost(checker)
         await tb.check_counters(checker)
     await tb.check_tables(checker)
+
+
+# Scenes of reconfiguration --------------------------------------------------------------------
+
+
+class GatedTraffic(RandomTraffic):
+    """Random traffic from a memory that stops where it is told to."""
+
+    MEMORY = GatedTier
+    ram: GatedTier
+
+    async def reset(self, seed: int, *, stalls: bool = True) -> None:
+        self.ram.allowed = math.inf
+        await super().reset(seed, stalls=stalls)
+
+
+def random_quota(tb: RandomTraffic) -> list[int]:
+    """Any legal one."""
+    quota = [0] * CONFIG.num_layers
+    for _ in range(tb.rng.randint(0, CONFIG.num_slots - K)):
+        quota[tb.rng.randrange(CONFIG.num_layers)] += 1
+    return [min(q, CONFIG.num_experts) for q in quota]
+
+
+async def rest_and_check(tb: RandomTraffic) -> Situations:
+    """To rest, then golden, nothing lost, counters and every weight."""
+    await tb.drain()
+    checker = tb.check(Situations)
+    tb.check_nothing_lost(checker)
+    await tb.check_counters(checker)
+    return checker
+
+
+@scene("crowded")
+async def switches_change_with_prefetches_in_every_state(dut) -> None:
+    """Prefetching, learning, the adaptive gate, quotas and thresholds change under load, each
+    while prefetches are queued, loading, promoted and draining."""
+    tb, seen = GatedTraffic(dut, CONFIG), Tally[str]()
+    for seed in range(1, 4):
+        await tb.reset(seed)
+        await tb.program_segments()
+        legal_traffic(tb)
+        tb.routes_left = 150
+        while tb.routes_left:
+            await tb.cycles(tb.rng.randrange(120))
+            # What is on its way stays so until the commit has been taken.
+            tb.ram.allowed = tb.rng.randrange(30)
+            control = tb.rng.choice((15, tb.rng.randrange(16)))
+            await tb.commit(control, tb.rng.choice((LOWEST, LOWEST, -100, 0)), random_quota(tb))
+            tb.ram.allow(math.inf)
+        checker = await rest_and_check(tb)
+        seen += checker.seen
+    await tb.check_tables(checker)
+    for name in ("prefetching", "learning", "adaptive", "quota", "threshold"):
+        for state in ("queued", "loading", "promoted", "draining"):
+            assert seen[f"{name} changed with {state}"], (name, state, seen)
+    assert seen["quota cut below what is held"], seen
+
+
+@scene("crowded")
+async def commits_one_after_the_other(dut) -> None:
+    """As fast as AXI4-Lite lets them: each takes effect whole, between two operations."""
+    tb = RandomTraffic(dut, CONFIG)
+    await tb.reset(1, stalls=False)
+    await tb.program_segments()
+    legal_traffic(tb)
+    tb.routes_left = 200
+    commits = 0
+    while tb.routes_left:
+        # Nothing but CONTROL, QUOTA of one layer or THRESHOLD between two commits.
+        settings = tb.settings[-1]
+        quota, threshold = list(settings.quota), settings.threshold
+        control = 15
+        commits += 1
+        if commits % 3 == 0:
+            quota = [0] * CONFIG.num_layers
+            quota[tb.rng.randrange(CONFIG.num_layers)] = tb.rng.randint(0, 4)
+        elif commits % 3 == 1:
+            threshold = tb.rng.choice([t for t in (LOWEST, -100, 0, 40) if t != threshold])
+        else:
+            control = tb.rng.choice((11, 13, 14, 7))
+        await tb.commit(control, threshold, quota, wait=False)
+    checker = await rest_and_check(tb)
+    cycles = sorted(r.cycle for r in tb.log["events"] if r.kind == Kind.REGISTER_COMMIT)
+    assert len(cycles) == commits > 40, len(cycles)
+    assert not checker.settings
+
+
+@scene("crowded")
+async def segments_are_rewritten_while_other_layers_load(dut) -> None:
+    """A layer of which nothing is in flight moves, grows and shrinks, while others load: what is
+    loaded then comes from there, what is resident stays as it was loaded."""
+    tb, under_load = RandomTraffic(dut, CONFIG), 0
+    layers = range(CONFIG.num_layers)
+
+    def in_flight() -> Tally[int]:
+        """Loads of each layer, by the records that have been delivered."""
+        loads: dict[int, int] = {}
+        for r in tb.log["events"]:
+            if r.kind == Kind.LOAD_START:
+                loads[r.data >> 16] = r.layer
+            elif r.kind in (Kind.FILL_DONE, Kind.DRAINED):
+                loads.pop(r.data)
+        return Tally(loads.values())
+
+    for seed in range(1, 4):
+        await tb.reset(seed)
+        await tb.program_segments()
+        legal_traffic(tb)
+        tb.routes_left = 120
+        await tb.commit(15, LOWEST)
+        while tb.routes_left:
+            await tb.cycles(tb.rng.randrange(40))
+            # No event, so nothing but the latest layer's demands and the next one's prefetches
+            # can start once its scores are committed.
+            tb.held_back = True
+            while tb.offered.keys() & {"token", "route"}:
+                await tb.cycles(1)
+            events = len(tb.log["tokens"]) + len(tb.log["routes"])
+            await tb.cycles(40)
+            commits = sum(r.kind == Kind.SCORE_COMMIT for r in tb.log["events"])
+            loads = in_flight()
+            done = (tb.expected_layer, (tb.expected_layer - 1) % CONFIG.num_layers)
+            still = [layer for layer in layers if layer not in done and not loads[layer]]
+            if commits == events and still and loads.total():
+                layer = tb.rng.choice(still)
+                starts = sum(r.kind == Kind.LOAD_START for r in tb.log["events"])
+                await tb.rewrite_segments(layer, tb.random_segments())
+                under_load += in_flight().total() > 0 or starts < sum(
+                    r.kind == Kind.LOAD_START for r in tb.log["events"]
+                )
+                await tb.cycles(10)
+            tb.held_back = False
+        await rest_and_check(tb)
+    assert under_load > 20, under_load
 
 
 # pytest ---------------------------------------------------------------------------------------
