@@ -53,6 +53,7 @@ import math
 import os
 import xml.etree.ElementTree as ElementTree
 from collections import Counter as Tally
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -254,7 +255,7 @@ class Director(EngineBench):
         """From reset to a token before its layer 0: nothing is resident or on its way yet. Every
         expert has so many beats; every absent one of the next layer is selected."""
         self.releasing, self.rogue = True, None
-        self.at, self.shut = dict[int, Callable[[], None]](), set[str]()
+        self.at, self.shut = defaultdict[int, list[Callable[[], None]]](list), set[str]()
         self.ram.allowed = math.inf
         await self.reset(1, stalls=False)
         for name, sink in self.sinks.items():
@@ -273,8 +274,7 @@ class Director(EngineBench):
             yield name in self.shut
 
     def drive(self) -> None:
-        action = self.at.pop(self.cycle, None)
-        if action:
+        for action in self.at.pop(self.cycle, ()):
             action()
 
     def next_release(self) -> int | None:
@@ -415,8 +415,8 @@ async def cancel_at_and_around_the_last_beat(dut) -> None:
                 d.ram.allow(1)
                 await d.cycles(20)
             routed = d.cycle + 10
-            d.at[routed] = lambda: d.offer_route(1, (3, 4))
-            d.at[routed + shift] = lambda: (d.shut.clear(), d.ram.allow(1))
+            d.at[routed].append(lambda: d.offer_route(1, (3, 4)))
+            d.at[routed + shift].append(lambda: (d.shut.clear(), d.ram.allow(1)))
             await d.until(lambda routed=routed: d.cycle > routed + 60)
             checker = await d.finish()
             gaps.update(checker.cancels)
@@ -519,8 +519,8 @@ async def sequence_changes_as_a_queued_prefetch_may_start(dut) -> None:
         await d.cycles(60)
         assert len(d.events(Kind.SELECT)) > len(d.events(Kind.LOAD_START, flag=1)) == 1
         # The first of two bursts ends: nothing but room for another prefetch comes of it.
-        d.at[d.cycle + shift] = lambda: d.ram.allow(1)
-        d.at[d.cycle + 10] = lambda: d.offer_token(new_sequence=True)
+        d.at[d.cycle + shift].append(lambda: d.ram.allow(1))
+        d.at[d.cycle + 10].append(lambda: d.offer_token(new_sequence=True))
         await d.happens(Kind.TOKEN, 2)
         await d.cycles(30)
         checker = await d.finish()
