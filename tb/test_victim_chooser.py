@@ -31,9 +31,27 @@ SHAPES = {
     "single": EngineConfig(num_layers=1, num_experts=1, top_k=1, quota=1, admission_bonus=0),
     "odd": EngineConfig(num_layers=4, num_experts=13, top_k=3, use_shift=0, admission_bonus=0),
     "small": EngineConfig(num_layers=5, num_experts=6, admission_bonus=2047),
+    # The bonus is larger than any value.
+    "narrow": EngineConfig(
+        num_layers=3,
+        num_experts=4,
+        top_k=1,
+        quota=1,
+        weight_bits=4,
+        spatial_depth=0,
+        admission_bonus=2047,
+    ),  # fmt: skip
     "large": preset("gpt_oss_20b"),
 }
-SEARCHES = {"one_layer": 30, "one_expert": 40, "single": 40, "odd": 50, "small": 60, "large": 25}
+SEARCHES = {
+    "one_layer": 60,
+    "one_expert": 40,
+    "single": 40,
+    "odd": 50,
+    "small": 60,
+    "narrow": 60,
+    "large": 25,
+}
 
 
 # pytest ---------------------------------------------------------------------------------------
@@ -127,6 +145,10 @@ def random_search(rng: np.random.Generator, config: EngineConfig) -> Search:
         score, use = rng.integers(-top, top, shape), rng.integers(0, most + 1, shape)
     else:
         score, use = rng.choice([-top, top - 1], shape), rng.choice([0, most], shape)
+    load_expert = int(rng.integers(experts))
+    bonus = config.admission_bonus << FRACTION_BITS
+    if kind == "ties" and bonus < top - 1:
+        score[load_layer, load_expert] -= bonus  # so that it decides by one, or is equal
     buffer = BufferState(
         lane.astype(np.int8),
         np.full(shape, -1, np.int32),
@@ -139,7 +161,7 @@ def random_search(rng: np.random.Generator, config: EngineConfig) -> Search:
         use.astype(np.int32),
         latest,
         load_layer,
-        int(rng.integers(experts)),
+        load_expert,
         current_set,
         bool(rng.random() < 0.5),
     )
@@ -331,8 +353,8 @@ async def victim_and_latency(dut, shape: str) -> None:
                 if not s.demand:
                     seen["admitted" if admitted else "refused"] += 1
                     row = s.load_layer
-                    equal = value_of(s.score[row], s.use[row], s.load_expert, shift) == worth
-                    seen["refused as equal"] += equal
+                    value = value_of(s.score[row], s.use[row], s.load_expert, shift)
+                    seen["refused as equal"] += value + bonus == worth
             seen["load_layer is the latest"] += s.load_layer == s.latest
             await tb.idle(int(tb.rng.choice([0, 0, 1, 3])))
     dut._log.warning("%s: %s", shape, dict(seen))
@@ -351,6 +373,9 @@ async def victim_and_latency(dut, shape: str) -> None:
             "refused as equal",
             "load_layer is the latest",
         }
+        largest = (1 << config.score_bits) + ((1 << USE_BITS) << shift)
+        if bonus > largest:
+            wanted -= {"refused", "refused as equal"}
         if config.num_experts > 1:
             wanted |= {"ties", "admitted"}
         if config.num_layers > 1:

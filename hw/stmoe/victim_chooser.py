@@ -173,7 +173,10 @@ class VictimChooser(wiring.Component):
         mask = Signal(experts)
         candidate_score = Signal(signed(c.score_bits))
         candidate_use = Signal(USE_BITS)
-        candidate = Signal(signed(c.value_bits + 1))
+        worth = (
+            candidate_score + (candidate_use << c.use_shift) + (c.admission_bonus << FRACTION_BITS)
+        )
+        candidate = Signal(worth.shape())
         count = Signal(range(max(2, lowest.levels + 2)))
         best_value = Signal(signed(c.value_bits))
         tried_own = Signal()
@@ -237,11 +240,7 @@ class VictimChooser(wiring.Component):
             with m.State("READ"):
                 m.d.sync += [
                     count.eq(0),
-                    candidate.eq(
-                        candidate_score
-                        + (candidate_use << c.use_shift)
-                        + (c.admission_bonus << FRACTION_BITS)
-                    ),
+                    candidate.eq(worth),
                 ]
                 m.next = "ROW"
             with m.State("ROW"):
