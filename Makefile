@@ -58,7 +58,7 @@ test: $(FPGA) ## run every bench and test: PYTEST_ARGS= SEED=
 lint: $(READY) ## ruff, mypy, and Verilator's lint of every preset's Verilog
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy golden/stmoe_golden hw/stmoe/board hw/stmoe/cli.py tb/lint_verilog.py fpga
+	@$(BIN)/mypy golden/stmoe_golden hw/stmoe/board hw/stmoe/lab hw/stmoe/cli.py tb/lint_verilog.py fpga
 	@$(BIN)/python tb/lint_verilog.py
 
 bench: $(READY) ## measure the figures of docs/results.md

@@ -82,7 +82,7 @@ class DmaBench(wiring.Component):
             row.layer.eq(written),
             row.value.base.eq(written * config.num_experts * config.expert_bytes),
             row.value.stride.eq(config.expert_bytes),
-            row.value.beats.eq(config.expert_bytes // config.beat_bytes),
+            row.value.beats.eq(config.slot_beats),
         ]
         with m.If(written != config.num_layers):
             m.d.sync += written.eq(written + 1)
@@ -114,7 +114,7 @@ class DmaBench(wiring.Component):
             with m.If(scheduler.completion.payload.status.as_value() != 0):
                 m.d.sync += self.wrong.eq(self.wrong + 1)
 
-        total = EXPERTS * config.expert_bytes // config.beat_bytes
+        total = EXPERTS * config.slot_beats
         begun = Signal()
         bus = memory.axi.r
         with m.If(bus.valid & bus.ready):

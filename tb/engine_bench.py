@@ -168,7 +168,7 @@ class EngineBench:
 
     def __init__(self, dut, config: EngineConfig) -> None:
         self.dut, self.config = dut, config
-        self.beats = config.expert_bytes // config.beat_bytes
+        self.beats = config.slot_beats
         self.map = {r.name: r for r in registers(config)}
         self.layouts = {
             "token": token_layout(config),

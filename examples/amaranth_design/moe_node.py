@@ -41,7 +41,7 @@ class MoeNode(wiring.Component):
             connect(m, flipped(getattr(self, name)), getattr(engine, name))
 
         # What is loaded goes to the buffer, at once.
-        beats = c.expert_bytes // c.beat_bytes
+        beats = c.slot_beats
         m.submodules.buffer = buffer = memory.Memory(
             shape=c.axi_data_width, depth=c.num_slots * beats, init=[]
         )

@@ -17,6 +17,8 @@ from .config import EngineConfig
 
 __all__ = [
     "BufferState",
+    "READY",
+    "READY_UNUSED",
     "Lane",
     "admits",
     "evictable",

@@ -491,7 +491,7 @@ class Checker:
             not self.pending
             and unissued <= presented
             and self.prefetch_owed() < c.prefetch_outstanding
-            and self.prefetch_held() < min(c.prefetch_slots, c.transfers - c.top_k)
+            and self.prefetch_held() < c.prefetch_loads
         )
 
     def drop_queue(self) -> None:

@@ -281,6 +281,12 @@ class EngineConfig:
         """Most slots that prefetches may hold (loading or draining) at once."""
         return self.num_slots - self.top_k * self.num_contexts
 
+    @property
+    def prefetch_loads(self) -> int:
+        """Most prefetches that hold a slot (loading or draining) at once, so that every demand of
+        an event finds both a slot and a transfer."""
+        return min(self.prefetch_slots, self.transfers - self.top_k)
+
     # Files ----------------------------------------------------------------------------------
 
     def replace(self, **changes: Any) -> EngineConfig:

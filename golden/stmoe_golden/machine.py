@@ -161,7 +161,7 @@ def machine_for_ratio(
         prefetch_outstanding=max(config.prefetch_outstanding, enough),
         slots=config.num_slots,
         quota=np.full(layers, config.quota, np.int32),
-        prefetch_loads=min(config.prefetch_slots, config.transfers - config.top_k),
+        prefetch_loads=config.prefetch_loads,
         engine=engine,
     )
 
@@ -197,13 +197,13 @@ def machine_for_harness(
     return Machine(
         attention=np.full(layers, attention_cycles, np.int64),
         expert=np.full(layers, max(1, expert_cycles), np.int64),
-        load=np.full(layers, spread(config.expert_bytes // config.beat_bytes), np.int64),
+        load=np.full(layers, spread(config.slot_beats), np.int64),
         latency=np.full(layers, max(1, latency), np.int64),
-        burst=spread(config.max_burst),
+        burst=spread(config.burst_beats),
         max_outstanding=config.max_outstanding,
         prefetch_outstanding=config.prefetch_outstanding,
         slots=config.num_slots,
         quota=np.full(layers, config.quota if quota is None else quota, np.int32),
-        prefetch_loads=min(config.prefetch_slots, config.transfers - config.top_k),
+        prefetch_loads=config.prefetch_loads,
         engine=engine_cycles(config),
     )

@@ -157,7 +157,7 @@ def machine_for_system(config: EngineConfig, name: str, expert_bytes: np.ndarray
         prefetch_outstanding=max(config.prefetch_outstanding, enough),
         slots=config.num_slots,
         quota=np.full(layers, config.quota, np.int32),
-        prefetch_loads=min(config.prefetch_slots, config.transfers - config.top_k),
+        prefetch_loads=config.prefetch_loads,
         engine=IDEAL,
     )
 

@@ -28,7 +28,7 @@ from numba import njit
 from . import buffer as _buffer
 from . import confidence as _confidence
 from . import predictor as _predictor
-from .buffer import Lane, admits, lowest, new_buffer, victim
+from .buffer import READY, READY_UNUSED, Lane, admits, lowest, new_buffer, victim
 from .confidence import (
     GateParams,
     GateState,
@@ -70,8 +70,6 @@ CHUNK = 256
 """Tokens per call of the compiled loop: between two calls an interrupt is seen."""
 
 NEVER = 1 << 62
-READY = int(Lane.READY)
-READY_UNUSED = int(Lane.READY_UNUSED)
 LOADING_PREFETCH = int(Lane.LOADING_PREFETCH)
 PINNED = int(Lane.PINNED)
 NONE = int(Lane.NONE)

@@ -24,13 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from stmoe.board.arguments import add_board_commands
-from stmoe.lab.compare_command import (
-    CompareCommandError,
-    add_compare_arguments,
-    compare_command,
-)
-from stmoe.lab.report_command import ReportCommandError, add_report_arguments, report_command
-from stmoe.lab.sweep_command import SweepCommandError, add_sweep_arguments, sweep_command
+from stmoe.command_line import CommandError
+from stmoe.lab.compare_command import add_compare_arguments, compare_command
+from stmoe.lab.report_command import add_report_arguments, report_command
+from stmoe.lab.sweep_command import add_sweep_arguments, sweep_command
 from stmoe_golden.config import PRESETS, ConfigError, EngineConfig, preset
 from stmoe_golden.trace_commands import add_trace_commands, run_trace_command
 
@@ -42,10 +39,6 @@ __all__ = ["main"]
 BAD_INPUT = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
-
-
-class CommandError(Exception):
-    """Something the user gave that cannot be used; its text is the line to print."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -418,13 +411,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
-    except (
-        CommandError,
-        CompareCommandError,
-        ConfigError,
-        ReportCommandError,
-        SweepCommandError,
-    ) as error:
+    except (CommandError, ConfigError) as error:
         return _complain(str(error), BAD_INPUT)
     except BrokenPipeError:
         _silence()

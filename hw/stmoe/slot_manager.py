@@ -225,7 +225,6 @@ class SlotManager(wiring.Component):
         prefetch_held = Signal(range(c.transfers + 1))
         held_add, held_sub = Signal(), Signal()
         m.d.sync += prefetch_held.eq(prefetch_held + held_add - held_sub)
-        prefetch_limit = min(c.prefetch_slots, c.transfers - top_k)
 
         draining = Signal(range(c.transfers + 1))
         draining_add, draining_sub = Signal(), Signal()
@@ -676,7 +675,7 @@ class SlotManager(wiring.Component):
                     & self.start.ready
                     & ~prefetch_blocked
                     & ~demanding
-                    & (prefetch_held < prefetch_limit),
+                    & (prefetch_held < c.prefetch_loads),
                 }
                 for kind, condition in reversed(possible.items()):
                     with m.If(condition):

@@ -9,6 +9,8 @@ from amaranth.lib.wiring import In, Out
 
 from stmoe_golden.config import EngineConfig
 
+from .expert_map import lane_bits
+
 __all__ = ["TableReader", "table_index_layout"]
 
 TABLE_BITS = 3
@@ -25,7 +27,7 @@ def table_index_layout(config: EngineConfig) -> data.StructLayout:
     Of ``table``, the row of ``expert`` in ``layer`` (bias has one row for a layer), and of that
     row the lane. All must exist.
     """
-    lane = max(1, (config.num_experts - 1).bit_length())
+    lane = lane_bits(config)
     return data.StructLayout(
         {"table": TABLE_BITS, "layer": config.layer_bits, "expert": lane, "lane": lane}
     )

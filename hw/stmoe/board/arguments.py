@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from stmoe.command_line import within
 from stmoe.harness.board_protocol import DEFAULT_BAUD
 from stmoe_golden.config import FRACTION_BITS
 
@@ -35,18 +36,6 @@ def add_board_commands(
         if not 0.01 <= value <= 100:
             raise argparse.ArgumentTypeError(f"must be 0.01 to 100, not {text!r}")
         return value
-
-    def within(low: int, high: int) -> Callable[[str], int]:
-        def convert(text: str) -> int:
-            try:
-                value = int(text)
-            except ValueError:
-                value = low - 1
-            if not low <= value <= high:
-                raise argparse.ArgumentTypeError(f"must be {low} to {high}, not {text!r}")
-            return value
-
-        return convert
 
     def quarters(text: str) -> float:
         try:

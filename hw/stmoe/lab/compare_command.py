@@ -7,14 +7,11 @@ import argparse
 import sys
 from collections.abc import Callable
 
+from stmoe.command_line import CommandError, within
 from stmoe_golden.config import EngineConfig, preset
 from stmoe_golden.traces import Trace, TraceError, config_for, load_trace
 
-__all__ = ["CompareCommandError", "add_compare_arguments", "compare_command"]
-
-
-class CompareCommandError(Exception):
-    """Something the user gave that cannot be used; its text is the line to print."""
+__all__ = ["add_compare_arguments", "compare_command", "policy_names"]
 
 
 def add_compare_arguments(
@@ -72,14 +69,33 @@ def add_compare_arguments(
     settings(parser)
 
 
+def policy_names(text: str) -> list[str]:
+    """The policies of ``--policies``, in order.
+
+    Raises
+    ------
+    CommandError
+        A name that is not a policy's, or one that is given twice.
+    """
+    from stmoe_golden.policies.registry import POLICIES
+
+    names = text.split(",")
+    for i, name in enumerate(names):
+        if name not in POLICIES:
+            raise CommandError(
+                f"argument --policies: must be of {', '.join(POLICIES)}, not {name!r}"
+            )
+        if name in names[:i]:
+            raise CommandError(f"argument --policies: {name} is given twice")
+    return names
+
+
 def _size(text: str, name: str, low: int, high: int) -> int:
+    """An integer whose range depends on the trace."""
     try:
-        value = int(text)
-    except ValueError:
-        value = low - 1
-    if not low <= value <= high:
-        raise CompareCommandError(f"argument {name}: must be {low} to {high}, not {text!r}")
-    return value
+        return within(low, high)(text)
+    except argparse.ArgumentTypeError as error:
+        raise CommandError(f"argument {name}: {error}") from None
 
 
 def _sized(config: EngineConfig, options: argparse.Namespace) -> EngineConfig:
@@ -106,7 +122,7 @@ def _energies(texts: list[str]) -> dict[str, float]:
                 raise ValueError
             changes[name] = float(value)
         except ValueError:
-            raise CompareCommandError(
+            raise CommandError(
                 f"argument --energy: must have the form NAME=PJ, not {text!r}"
             ) from None
     return changes
@@ -127,7 +143,7 @@ def compare_command(options: argparse.Namespace, write: Callable[[str], None]) -
 
     Raises
     ------
-    CompareCommandError, ConfigError
+    CommandError, ConfigError
         Bad input, in one line.
     """
     from stmoe_golden.policies.registry import POLICIES, PolicyError, load_policy_file
@@ -137,25 +153,16 @@ def compare_command(options: argparse.Namespace, write: Callable[[str], None]) -
         write(systems_table() + "\n")
         return
     if options.trace is None:
-        raise CompareCommandError("the following arguments are required: TRACE")
+        raise CommandError("the following arguments are required: TRACE")
     if options.system is not None and options.system not in SYSTEMS:
-        raise CompareCommandError(
+        raise CommandError(
             f"argument --system: must be {', '.join(SYSTEMS)}, not {options.system!r}"
         )
     if options.load_ratio is not None and not 0.01 <= options.load_ratio <= 100:
-        raise CompareCommandError(
+        raise CommandError(
             f"argument --load-ratio: must be 0.01 to 100, not {options.load_ratio:g}"
         )
-    names: list[str] = list(POLICIES)
-    if options.policies is not None:
-        names = options.policies.split(",")
-        for i, name in enumerate(names):
-            if name not in POLICIES:
-                raise CompareCommandError(
-                    f"argument --policies: must be of {', '.join(POLICIES)}, not {name!r}"
-                )
-            if name in names[:i]:
-                raise CompareCommandError(f"argument --policies: {name} is given twice")
+    names = list(POLICIES) if options.policies is None else policy_names(options.policies)
     from stmoe_golden.compare import compare
     from stmoe_golden.energy import EnergyError
     from stmoe_golden.timing import TimingError
@@ -174,7 +181,7 @@ def compare_command(options: argparse.Namespace, write: Callable[[str], None]) -
             progress=_progress if sys.stderr.isatty() else None,
         )
     except (TraceError, PolicyError, EnergyError, TimingError) as error:
-        raise CompareCommandError(str(error)) from None
+        raise CommandError(str(error)) from None
     finally:
         if sys.stderr.isatty():
             sys.stderr.write("\r\033[K")

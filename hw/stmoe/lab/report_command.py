@@ -6,17 +6,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from stmoe.command_line import CommandError, within
 from stmoe_golden.traces import TraceError
 
-__all__ = ["ReportCommandError", "add_report_arguments", "report_command"]
+from .compare_command import policy_names
+
+__all__ = ["add_report_arguments", "report_command"]
 
 DEFAULT_RESULT = "build/sim/report.json"
 DEFAULT_FOLDER = "build/report"
 MAX_SPANS = 2_000_000
-
-
-class ReportCommandError(Exception):
-    """Something the user gave that cannot be used; its text is the line to print."""
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +36,9 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
         "--policies", metavar="A,B,...", help="rows of a report of make sim, which times none"
     )
     parser.add_argument(
-        "--spans", metavar="N", default=None, help="most spans of timeline.json (default 16000)"
-    )
+        "--spans", type=within(0, MAX_SPANS), metavar="N",
+        help="most spans of timeline.json (default 16000)",
+    )  # fmt: skip
 
 
 def report_command(options: argparse.Namespace, write: Callable[[str], None]) -> None:
@@ -46,42 +46,26 @@ def report_command(options: argparse.Namespace, write: Callable[[str], None]) ->
 
     Raises
     ------
-    ReportCommandError
+    CommandError
         Bad input, in one line; nothing has been written.
     """
-    from stmoe_golden.policies.registry import POLICIES, PolicyError
+    from stmoe_golden.policies.registry import PolicyError
     from stmoe_golden.reporting.study import DEFAULT_POLICIES, ReportError
 
     policies = list(DEFAULT_POLICIES)
     if options.policies is not None:
-        policies = options.policies.split(",")
-        for i, name in enumerate(policies):
-            if name not in POLICIES:
-                raise ReportCommandError(
-                    f"argument --policies: must be of {', '.join(POLICIES)}, not {name!r}"
-                )
-            if name in policies[:i]:
-                raise ReportCommandError(f"argument --policies: {name} is given twice")
+        policies = policy_names(options.policies)
     from stmoe_golden.reporting.report import DEFAULT_SPANS, make_report
     from stmoe_golden.timing import TimingError
 
-    spans = DEFAULT_SPANS
-    if options.spans is not None:
-        try:
-            spans = int(options.spans)
-        except ValueError:
-            spans = -1
-        if not 0 <= spans <= MAX_SPANS:
-            raise ReportCommandError(
-                f"argument --spans: must be 0 to {MAX_SPANS}, not {options.spans!r}"
-            )
+    spans = DEFAULT_SPANS if options.spans is None else options.spans
     try:
         report = make_report(options.result, options.output, policies=policies, spans=spans)
     except (ReportError, TraceError, TimingError, PolicyError) as error:
         text = str(error)
         if options.result == DEFAULT_RESULT and "No such file" in text:
             text += "; make sim writes it"
-        raise ReportCommandError(text) from None
+        raise CommandError(text) from None
     lines = [f"report: {note}" for note in report.notes]
     lines.append(f"report: {report.figures} figures in {report.page}")
     if report.timeline is not None:

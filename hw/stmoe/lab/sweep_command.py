@@ -11,15 +11,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from stmoe.command_line import CommandError, within
 from stmoe_golden.traces import TraceError
 
-__all__ = ["SweepCommandError", "add_sweep_arguments", "sweep_command"]
+__all__ = ["add_sweep_arguments", "sweep_command"]
 
 MAX_WORKERS = 1024
-
-
-class SweepCommandError(Exception):
-    """Something the user gave that cannot be used; its text is the line to print."""
 
 
 def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +30,9 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "--workers", metavar="N", help="local processes (default: as many as there are cores)"
-    )
+        "--workers", type=within(1, MAX_WORKERS), metavar="N",
+        help="local processes (default: as many as there are cores)",
+    )  # fmt: skip
     where.add_argument(
         "--scheduler", metavar="ADDRESS", help="a Dask scheduler instead, tcp://host:8786"
     )
@@ -68,7 +66,7 @@ def sweep_command(options: argparse.Namespace, write: Callable[[str], None]) -> 
 
     Raises
     ------
-    SweepCommandError
+    CommandError
         Bad input, in one line.
     """
     from stmoe_golden.sweep import (
@@ -79,19 +77,10 @@ def sweep_command(options: argparse.Namespace, write: Callable[[str], None]) -> 
         write_summary,
     )
 
-    workers = os.cpu_count() or 1
-    if options.workers is not None:
-        try:
-            workers = int(options.workers)
-        except ValueError:
-            workers = 0
-        if not 1 <= workers <= MAX_WORKERS:
-            raise SweepCommandError(
-                f"argument --workers: must be 1 to {MAX_WORKERS}, not {options.workers!r}"
-            )
+    workers = options.workers or os.cpu_count() or 1
     output = options.output or Path("build/sweep") / (Path(options.file).stem + ".jsonl")
     if Path(output).suffix == ".json":
-        raise SweepCommandError(
+        raise CommandError(
             "argument -o: must not end in .json, where the summary is put; .jsonl is usual"
         )
     shown = sys.stderr.isatty()
@@ -106,7 +95,7 @@ def sweep_command(options: argparse.Namespace, write: Callable[[str], None]) -> 
         )
         summary = write_summary(result, output)
     except (SweepError, TraceError) as error:
-        raise SweepCommandError(str(error)) from None
+        raise CommandError(str(error)) from None
     finally:
         if shown:
             sys.stderr.write("\r\033[K")
