@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stmoe import cli
+from command import ended, refused
 from stmoe_golden.config import PRESETS, EngineConfig, preset
 from stmoe_golden.synthetic import markov_trace
 from stmoe_golden.traces import save_trace
@@ -42,19 +43,7 @@ def trace(tmp_path):
 def call(capsys):
     """The command in this process: (status, standard output, standard error)."""
 
-    def run_here(*arguments: object):
-        status = cli.main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run_here
-
-
-def refused(outcome) -> str:
-    """The message of a command that ended with status 2 and one line."""
-    status, out, err = outcome
-    assert (status, out) == (2, "") and err.startswith("stmoe: ") and err.count("\n") == 1, outcome
-    return err.removeprefix("stmoe: ").removesuffix("\n")
+    return functools.partial(ended, capsys)
 
 
 # Replay -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from dataclasses import replace
@@ -10,8 +11,8 @@ from dataclasses import replace
 import pytest
 
 from bench_compare import shuffled
+from command import ended
 from simulation import ROOT
-from stmoe import cli
 from stmoe_golden.compare import compare
 from stmoe_golden.config import PRESETS, EngineConfig
 from stmoe_golden.energy import energy_table, table_bits
@@ -67,12 +68,7 @@ def small(tmp_path):
 
 @pytest.fixture
 def call(capsys):
-    def run(*arguments: object):
-        status = cli.main(["compare", *map(str, arguments)])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
+    return functools.partial(ended, capsys, "compare")
 
 
 # The contract ---------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stmoe import cli
+from command import ended, refused
 from stmoe_golden.compare import compare
 from stmoe_golden.machine import machine_for_harness
 from stmoe_golden.reporting import report as report_module
@@ -186,9 +186,7 @@ def test_without_its_trace_a_comparison_still_has_what_its_file_holds(tmp_path):
 def test_what_is_no_result_is_refused_in_one_line(tmp_path, capsys, text, message):
     path = tmp_path / "result.json"
     path.write_text(text)
-    status = cli.main(["report", str(path), "-o", str(tmp_path / "out")])
-    out, err = capsys.readouterr()
-    assert (status, out) == (2, "") and err.count("\n") == 1 and message in err, err
+    assert message in refused(ended(capsys, "report", path, "-o", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -202,9 +200,7 @@ def test_what_is_no_result_is_refused_in_one_line(tmp_path, capsys, text, messag
     ],
 )
 def test_a_wrong_argument_is_refused_in_one_line(tmp_path, capsys, arguments, message):
-    status = cli.main(["report", *arguments, "-o", str(tmp_path / "out")])
-    out, err = capsys.readouterr()
-    assert (status, out) == (2, "") and err.count("\n") == 1 and message in err, err
+    assert message in refused(ended(capsys, "report", *arguments, "-o", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

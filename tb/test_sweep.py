@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from command import ended, refused
 from stmoe import cli
 from stmoe_golden import sweep as sweep_module
 from stmoe_golden.compare import compare
@@ -341,9 +342,7 @@ def test_the_command_prints_a_table_or_json_and_its_results_make_a_report(folder
 )
 def test_a_sweep_file_that_is_wrong_is_refused_in_one_line(folder, capsys, text, message):
     path, output = written(folder, text), folder / "r.jsonl"
-    status = cli.main(["sweep", str(path), "-o", str(output)])
-    out, err = capsys.readouterr()
-    assert (status, out) == (2, "") and err.count("\n") == 1 and message in err, err
+    assert message in refused(ended(capsys, "sweep", path, "-o", output))
     assert not output.exists()
 
 
@@ -358,7 +357,5 @@ def test_a_sweep_file_that_is_wrong_is_refused_in_one_line(folder, capsys, text,
 def test_a_wrong_argument_is_refused_in_one_line(folder, capsys, arguments, message, monkeypatch):
     monkeypatch.chdir(folder)
     before = (folder / "a.npz").read_bytes()
-    status = cli.main(["sweep", str(written(folder)), *arguments])
-    out, err = capsys.readouterr()
-    assert (status, out) == (2, "") and err.count("\n") == 1 and message in err, err
+    assert message in refused(ended(capsys, "sweep", written(folder), *arguments))
     assert (folder / "a.npz").read_bytes() == before

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from command import ended, refused
 from stmoe import cli
 from stmoe_golden.traces import DECODE, PREFILL, Trace, load_trace
 
@@ -319,11 +320,8 @@ def test_an_interrupted_capture_goes_on_where_it_was(tmp_path, capsys, monkeypat
 # What is refused ----------------------------------------------------------------------------
 
 
-def refused(capsys, *given: object) -> str:
-    status = cli.main(["trace", "capture", *map(str, given)])
-    out, err = capsys.readouterr()
-    assert (status, out) == (2, "") and err.startswith("stmoe: ") and err.count("\n") == 1, err
-    return err.removeprefix("stmoe: ").rstrip("\n")
+def refused_capture(capsys, *arguments: object) -> str:
+    return refused(ended(capsys, "trace", "capture", *arguments))
 
 
 def test_what_cannot_be_captured_is_said_in_one_line(tmp_path, capsys):
@@ -334,7 +332,7 @@ def test_what_cannot_be_captured_is_said_in_one_line(tmp_path, capsys):
     ).save_pretrained(tmp_path / "dense")
 
     def said(*more: object, model=model, prompts=prompts) -> str:
-        text = refused(capsys, model, "--prompts", prompts, "-o", out, "--offline", *more)
+        text = refused_capture(capsys, model, "--prompts", prompts, "-o", out, "--offline", *more)
         assert not out.exists() and not (tmp_path / "t.npz.parts").exists()
         return text
 
@@ -367,7 +365,7 @@ def test_what_cannot_be_captured_is_said_in_one_line(tmp_path, capsys):
     )
     (tmp_path / "t.npz.parts").mkdir()
     (tmp_path / "t.npz.parts" / "mine").write_text("")
-    text = refused(capsys, model, "--prompts", prompts, "-o", out, "--restart")
+    text = refused_capture(capsys, model, "--prompts", prompts, "-o", out, "--restart")
     assert text.startswith(f"{tmp_path}/t.npz.parts: is in the way, and no capture has made it")
     assert (tmp_path / "t.npz.parts" / "mine").exists()
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stmoe import cli
+from command import ended, refused
 from stmoe_golden.synthetic import markov_trace
 from stmoe_golden.trace_statistics import LAGS, trace_statistics
 from stmoe_golden.traces import Trace, TraceError, load_trace, save_trace
@@ -24,18 +25,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "traces" / "gpt_oss_20b_decode.n
 
 @pytest.fixture
 def call(capsys):
-    def run(*arguments: object):
-        status = cli.main(["trace", *map(str, arguments)])
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
-
-
-def refused(outcome) -> str:
-    status, out, err = outcome
-    assert (status, out) == (2, "") and err.startswith("stmoe: ") and err.count("\n") == 1, outcome
-    return err.removeprefix("stmoe: ").removesuffix("\n")
+    return functools.partial(ended, capsys, "trace")
 
 
 # Version 2 ----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from command import ended, refused
 from stmoe import cli
 from stmoe_golden.synthetic import markov_trace
 from stmoe_golden.trace_import import BLOCK, ImportOptions, detect_format, import_traces
@@ -278,11 +279,9 @@ def test_the_phones_traces_are_read_whole(name, shape, missing):
 def convert(capsys, tmp_path, *arguments) -> str:
     """What a refused `stmoe trace convert` says; nothing may be left behind."""
     before = sorted(tmp_path.iterdir())
-    status = cli.main(["trace", "convert", *map(str, arguments), "-o", str(tmp_path / "o.npz")])
-    out, err = capsys.readouterr()
-    assert (status, out) == (2, "") and err.startswith("stmoe: ") and err.count("\n") == 1, err
+    message = refused(ended(capsys, "trace", "convert", *arguments, "-o", tmp_path / "o.npz"))
     assert sorted(tmp_path.iterdir()) == before
-    return err.removeprefix("stmoe: ").rstrip("\n")
+    return message
 
 
 CSV_FAULTS = {
