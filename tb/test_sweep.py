@@ -53,6 +53,14 @@ def lines(path: Path) -> list[dict]:
 # Points --------------------------------------------------------------------------------------
 
 
+def test_switches_can_be_varied(folder):
+    sweep = load_sweep(
+        written(folder, 'traces = "a.npz"\n[config]\nadaptive = [true, false]\nevent_port = false')
+    )
+    assert [point.config.adaptive for point in sweep.points] == [True, False]
+    assert not any(point.config.event_port for point in sweep.points)
+
+
 def test_every_combination_is_a_point_and_gives_what_compare_and_replay_give(folder):
     sweep = load_sweep(written(folder))
     assert sweep.varied == ["load_ratio", "quota", "spatial_depth"]
@@ -334,6 +342,8 @@ def test_the_command_prints_a_table_or_json_and_its_results_make_a_report(folder
         ('traces = "a.npz"\n[config]\nquotas = 1', "config: unknown field 'quotas'; fields are "),
         ('traces = "a.npz"\n[config]\nquota = [1, 999]', "config: quota must be 0 to 256, not 999"),
         ('traces = "a.npz"\n[config]\nquota = "x"', "config: quota must be an integer or a list"),
+        ('traces = "a.npz"\n[config]\nadaptive = 1', "config: adaptive must not be 1"),
+        ('traces = "a.npz"\n[config]\nquota = true', "config: quota must not be True"),
         ('traces = "a.npz"\n[config]\nquota = [1, 1]', "config: quota names a value twice"),
         ('traces = "a.npz"\n[energy]\ndram = -1', "energy dram must be 0 to 1000000 pJ/bit"),
         ('traces = "a.npz"\n[config]\nquota = 1\n[[case]]\nquota = 2', "quota is set both in"),

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from .config import EngineConfig
 from .timing import Machine, TimedResult
+from .trace_statistics import repeat_rate
 from .traces import Trace
 
-__all__ = ["guardrails", "repeat_rate"]
+__all__ = ["guardrails"]
 
 SATURATED = 0.95
 """Time of LRU's loads over compute, from which the link decides and not the policy."""
@@ -17,20 +16,6 @@ IDLE = 0.01
 """Share of time that LRU waits, below which there is nothing to save."""
 CHANCE = 1.25
 """Repeat rate over chance, from which routing has any locality."""
-
-
-def repeat_rate(trace: Trace) -> float:
-    """Share of experts that the token before used in the same layer, within a sequence."""
-    later = ~trace.starts()
-    later[0] = False
-    index = np.flatnonzero(later)
-    if len(index) == 0:
-        return 0.0
-    same = 0
-    for part in np.array_split(index, len(index) // 8192 + 1):
-        now, before = trace.experts[part], trace.experts[part - 1]
-        same += int((now[:, :, :, None] == before[:, :, None, :]).sum())
-    return same / (len(index) * trace.num_layers * trace.top_k)
 
 
 def guardrails(trace: Trace, config: EngineConfig, machine: Machine, lru: TimedResult) -> list[str]:

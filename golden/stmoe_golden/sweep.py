@@ -346,7 +346,7 @@ def _fields(path: Path, value: Any, where: str) -> dict[str, list[Any]]:
         values = _list(path, f"{where}: {name}", one, (int, bool), "an integer")
         meta = known[name].metadata
         for v in values:
-            if isinstance(v, bool) != (name == "event_port"):
+            if isinstance(v, bool) != isinstance(known[name].default, bool):
                 raise _bad(path, f"{where}: {name} must not be {v!r}")
             if not meta["low"] <= v <= meta["high"]:
                 raise _bad(

@@ -9,6 +9,7 @@ what a static hot list can. Cells without routing (:attr:`Trace.present`) are le
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numba import njit
 
 from .traces import DECODE, PREFILL, Trace
 
-__all__ = ["LAGS", "statistics_text", "trace_statistics"]
+__all__ = ["LAGS", "repeat_rate", "statistics_text", "trace_statistics"]
 
 LAGS = (1, 2, 4, 8, 16, 32, 64)
 """Tokens back at which the repeat rate is taken."""
@@ -144,6 +145,30 @@ def _load(trace: Trace, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return load, present.sum(axis=0)
 
 
+def _present(trace: Trace) -> np.ndarray:
+    """bool [T, L]: cells with routing."""
+    if trace.present is not None:
+        return trace.present
+    return np.ones((trace.num_tokens, trace.num_layers), np.bool_)
+
+
+def _repeat_counts(
+    trace: Trace, present: np.ndarray, lags: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [lags, L]: experts used again after so many tokens, and pairs of tokens."""
+    kept = np.zeros((len(lags), trace.num_layers), np.int64)
+    pairs = np.zeros_like(kept)
+    _repeats(trace.experts, present, trace.sequence, np.array(lags), trace.num_experts, kept, pairs)
+    return kept, pairs
+
+
+def repeat_rate(trace: Trace) -> float:
+    """Share of experts that the token before used in the same layer, within a sequence; 0 where
+    no sequence has two tokens."""
+    kept, pairs = _repeat_counts(trace, _present(trace), (1,))
+    return float(kept.sum() / max(1, pairs.sum() * trace.top_k))
+
+
 def trace_statistics(trace: Trace) -> dict[str, Any]:
     """Everything that ``stmoe trace info`` prints, as plain numbers, lists and texts.
 
@@ -161,18 +186,13 @@ def trace_statistics(trace: Trace) -> dict[str, Any]:
         ``popularity``, the K experts used most so far.
     """
     layers, num_experts, top_k = trace.num_layers, trace.num_experts, trace.top_k
-    present = trace.present
-    if present is None:
-        present = np.ones((trace.num_tokens, layers), np.bool_)
+    present = _present(trace)
     load, events = _load(trace, present)
     probability = load / np.maximum(1, events)[:, None]  # of being in a set
     share = probability / top_k
     entropy = -(share * np.log(np.where(share > 0, share, 1))).sum(axis=1)
 
-    lags = np.array(LAGS)
-    kept = np.zeros((len(LAGS), layers), np.int64)
-    pairs = np.zeros((len(LAGS), layers), np.int64)
-    _repeats(trace.experts, present, trace.sequence, lags, num_experts, kept, pairs)
+    kept, pairs = _repeat_counts(trace, present, LAGS)
     hits = np.zeros((3, layers), np.int64)
     needed = np.zeros((3, layers), np.int64)
     measured = trace.num_tokens // 2
