@@ -12,15 +12,14 @@ Status 0 when all agree, 1 when one does not, 2 on bad input.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import NoReturn
 
+from sim import Parser, positive
 from simulation import BUILD
 from stmoe_golden.config import ConfigError, EngineConfig
 from stmoe_golden.synthetic import markov_trace
@@ -30,14 +29,6 @@ BUILD_ARGS = ("-DREGRESS",)
 """A build of its own, that g++ does not optimise: it takes longer than the runs."""
 
 TOKENS = 24
-
-
-class Parser(argparse.ArgumentParser):
-    """Usage errors are one line and status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"regress: {message}", file=sys.stderr)
-        raise SystemExit(2)
 
 
 def random_config(seed: int) -> EngineConfig:
@@ -133,16 +124,9 @@ def run_one(number: int, runs: int, tokens: int) -> tuple[int, int, list[str]]:
     return number, records, failures
 
 
-def positive(text: str) -> int:
-    """A number of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of 1 or more, not {text!r}")
-    return int(text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run them all; returns the exit status."""
-    parser = Parser(prog="make regress", description="Random configurations against golden.")
+    parser = Parser(prog="regress", description="Random configurations against golden.")
     parser.add_argument("--configs", type=positive, default=50, help="how many (CONFIGS=)")
     parser.add_argument("--seeds", type=positive, default=3, help="runs of each (SEEDS=)")
     parser.add_argument("--first", type=positive, default=1, help="number of the first (FIRST=)")

@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
     """Usage errors are one line and status 2."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"sim: {message}", file=sys.stderr)
+        print(f"{self.prog}: {message}", file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -314,6 +314,20 @@ class Director(EngineBench):
         await self.until(lambda: len(self.events(kind, **fields)) >= count)
         return self.events(kind, **fields)[-1]
 
+    async def prefetches_in_every_state(self) -> None:
+        """From reset to prefetches of layer 2 that are queued and one that loads, while one of
+        layer 1 drains; the memory gives nothing more."""
+        await self.begin(beats=12)
+        self.ram.allowed = 2 * 12
+        await self.route(3, 4)
+        await self.happens(Kind.FILL_DONE, 2)
+        await self.cycles(60)
+        await self.route(3, 4)
+        await self.happens(Kind.CANCEL)
+        # One of the two bursts that the cancelled prefetch is owed comes; so another can start.
+        self.ram.allow(4)
+        await self.happens(Kind.LOAD_START, layer=2)
+
     async def finish(self) -> Situations:
         """Open every gate, come to rest, hold all that happened to golden."""
         self.ram.allow(math.inf)
@@ -484,16 +498,7 @@ async def prefetch_bursts_ahead_of_a_demand_are_few(dut) -> None:
 async def sequence_changes_with_prefetches_in_every_state(dut) -> None:
     """Those queued are dropped; one that loads and one that drains go on to their ends."""
     d = Director(dut, CONFIG)
-    await d.begin(beats=12)
-    d.ram.allowed = 2 * 12
-    await d.route(3, 4)
-    await d.happens(Kind.FILL_DONE, 2)
-    await d.cycles(60)
-    await d.route(3, 4)
-    await d.happens(Kind.CANCEL)
-    # One of the two bursts that the cancelled prefetch is owed comes; so another can start.
-    d.ram.allow(4)
-    await d.happens(Kind.LOAD_START, layer=2)
+    await d.prefetches_in_every_state()
     await d.cycles(30)
     replaced = len(d.events(Kind.SELECT, layer=2)) - 1
     await d.token(new_sequence=True)
@@ -615,15 +620,7 @@ async def demand_cancels_the_last_prefetch_for_its_slot(dut) -> None:
 async def full_event_port_holds_prefetches_in_every_state(dut) -> None:
     """No record is taken for 3,000 cycles while prefetches are queued, loading and draining."""
     d = Director(dut, CONFIG)
-    await d.begin(beats=12)
-    d.ram.allowed = 2 * 12
-    await d.route(3, 4)
-    await d.happens(Kind.FILL_DONE, 2)
-    await d.cycles(60)
-    await d.route(3, 4)
-    await d.happens(Kind.CANCEL)
-    d.ram.allow(4)
-    await d.happens(Kind.LOAD_START, layer=2)
+    await d.prefetches_in_every_state()
     await d.cycles(20)
     d.shut.add("event")
     d.ram.allow(math.inf)

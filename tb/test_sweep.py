@@ -254,8 +254,11 @@ def test_an_interrupt_is_one_line_and_the_command_goes_on_where_it_was(folder):
                folder / "a.npz")  # fmt: skip
     output = folder / "r.jsonl"
     command = [sys.executable, "-m", "stmoe.cli", "sweep", written(folder), "-o", output]
-    process = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        [*command, "--workers", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # Whoever runs the tests may ignore it (nohup, or a shell's background), which is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline and not (output.exists() and stored(output)):
         time.sleep(0.02)
