@@ -8,6 +8,7 @@ runs only the parts of those names. Status 1 when a figure misses its floor.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import resource
 import shutil
@@ -331,35 +332,21 @@ def part_dma() -> Iterator[Figure]:
         )
 
 
-def part_compare() -> Iterator[Figure]:
-    """The timing model's speed, and the engine against LRU and the one-layer oracle."""
-    from bench_compare import figures
+def figures_of(module: str) -> Callable[[], Iterator[Figure]]:
+    """A part that has a file of its own, whose ``figures()`` gives them as plain tuples."""
 
-    for figure in figures():
-        yield Figure(*figure)
+    def part() -> Iterator[Figure]:
+        for figure in importlib.import_module(module).figures():
+            yield Figure(*figure)
 
-
-def part_report() -> Iterator[Figure]:
-    """Time and size of a report."""
-    from bench_report import figures
-
-    for figure in figures():
-        yield Figure(*figure)
-
-
-def part_adaptive() -> Iterator[Figure]:
-    """The adaptive gate against the best static threshold."""
-    from bench_adaptive import figures
-
-    for figure in figures():
-        yield Figure(*figure)
+    return part
 
 
 PARTS: dict[str, Callable[[], Iterator[Figure]]] = {
     "replay": part_replay,
-    "compare": part_compare,
-    "report": part_report,
-    "adaptive": part_adaptive,
+    "compare": figures_of("bench_compare"),
+    "report": figures_of("bench_report"),
+    "adaptive": figures_of("bench_adaptive"),
     "latency": part_latency,
     "speed": part_speed,
     "dma": part_dma,
