@@ -60,6 +60,7 @@ async def rows_learn_as_in_golden(dut) -> None:
         rng = random.Random(seed)
         dut.learn.value = 0
         dut.row.value = 0
+        dut.blank.value = (1 << LANES) - 1
         dut.rst.value = 1
         for _ in range(3):
             await RisingEdge(dut.clk)
@@ -86,21 +87,24 @@ async def rows_learn_as_in_golden(dut) -> None:
             learn = rng.random() < 0.6
             if learn:
                 free[row] = now + 5
+            # A row that learns is not blanked: what is written would be.
+            blank = 0 if learn or rng.random() < 0.7 else rng.getrandbits(LANES)
             delta = [rng.randint(0, 3) * b if rng.random() < 0.8 else rng.randint(-3, 3)
                      for b in bias]  # fmt: skip
-            shown = [(row, learn), *shown[:5]]
+            shown = [(row, learn, blank), *shown[:5]]
             dut.row.value = row
             # What belongs to the row of one cycle before.
             dut.learn.value = int(bool(shown[1]) and shown[1][1])
+            dut.blank.value = shown[1][2] if shown[1] else 0
             dut.delta.value = packed(delta, DELTA_BITS)
             await FallingEdge(dut.clk)
             if shown[1]:
-                read, learnt = shown[1]
-                weights = list(table[read])
+                read, learnt, blank = shown[1]
+                weights = [0 if blank >> e & 1 else w for e, w in enumerate(table[read])]
                 if learnt:
                     table[read] = [clip(w + d, MAX) for w, d in zip(weights, delta, strict=True)]
                     ends.update(table[read])
-                shown[1] = (read, learnt, weights, table[read])
+                shown[1] = (read, learnt, weights, weights if blank else table[read])
             if shown[2]:
                 assert int(dut.weights.value) == packed(shown[2][2], WIDTH), f"row {shown[2][0]}"
             if shown[4]:

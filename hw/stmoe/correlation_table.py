@@ -22,7 +22,8 @@ class CorrelationTable(wiring.Component):
     again before; what a read of it in cycle t+4 gives is undefined. A new row may be presented
     every cycle.
 
-    After reset all rows are cleared, one a cycle; ``learn`` must be low until ``clear_done``.
+    After reset all rows are cleared, one a cycle; until ``clear_done`` ``learn`` must be low and
+    every bit of ``blank`` high.
 
     Parameters
     ----------
@@ -39,6 +40,8 @@ class CorrelationTable(wiring.Component):
         The row presented one cycle before is corrected.
     delta : In
         Correction of each lane, with ``learn``.
+    blank : In
+        Lanes of the row presented one cycle before that are given as 0.
     weights : Out
         The row presented two cycles before.
     learnt : Out
@@ -57,6 +60,7 @@ class CorrelationTable(wiring.Component):
                 "row": In(range(max(2, rows))),
                 "learn": In(1),
                 "delta": In(data.ArrayLayout(signed(DELTA_BITS), lanes)),
+                "blank": In(lanes),
                 "weights": Out(weights),
                 "learnt": Out(weights),
                 "clear_done": Out(1),
@@ -100,15 +104,16 @@ class CorrelationTable(wiring.Component):
             m.d.sync += delta.eq(self.delta)
         with m.Else():
             m.d.sync += delta.as_value().eq(0)
-        with m.If(self.clear_done):
-            m.d.sync += self.weights.as_value().eq(read.data)
-        with m.Else():
+        for lane in range(self.lanes):
+            with m.If(self.blank[lane]):
+                m.d.sync += self.weights[lane].eq(0)
+            with m.Else():
+                m.d.sync += self.weights[lane].eq(
+                    read.data.word_select(lane, self.width).as_signed()
+                )
+        with m.If(~self.clear_done):
             # Zeros, which are through the update when the first row is cleared.
-            m.d.sync += [
-                self.weights.as_value().eq(0),
-                settled.eq(Cat(1, settled)),
-                row_write.eq(0),
-            ]
+            m.d.sync += [settled.eq(Cat(1, settled)), row_write.eq(0)]
             with m.If(settled[-1]):
                 m.d.sync += row_write.eq(row_write + 1)
                 with m.If(row_write == self.rows - 1):

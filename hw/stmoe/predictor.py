@@ -226,6 +226,8 @@ class Predictor(wiring.Component):
                 m.d.sync += line[n].eq(line[n - 1])
             return line
 
+        clear_done = Signal()
+
         # The event under way ---------------------------------------------------------------------
         is_route, sequence = Signal(), Signal()
         set_ = Signal(data.ArrayLayout(unsigned(eb), top_k))
@@ -334,6 +336,8 @@ class Predictor(wiring.Component):
             reader.index.eq(self.read_index),
             reader.request.eq(self.read_request),
             reader.pause.eq(idle & ~taken),
+            reader.clear_done.eq(clear_done),
+            *(bank.blank.eq(reader.blank) for bank in banks),
             self.read_valid.eq(reader.valid),
             self.read_value.eq(reader.value),
         ]
@@ -424,7 +428,6 @@ class Predictor(wiring.Component):
             m.d.comb += selection_over.eq(delivering)
 
         # Sequence --------------------------------------------------------------------------------
-        clear_done = Signal()
         m.d.sync += clear_done.eq(Cat(bank.clear_done for bank in banks).all() & scores.clear_done)
         m.d.comb += [
             self.clear_done.eq(clear_done),

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Array, Module, Signal, signed, unsigned
+from functools import reduce
+from operator import or_
+
+from amaranth.hdl import Cat, Module, Signal, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -16,9 +19,8 @@ __all__ = ["TableReader", "table_index_layout"]
 TABLE_BITS = 3
 """Of a table's number: bias, temporal, and up to six spatial tables."""
 
-GROUP_BITS = 3
-GROUP = 1 << GROUP_BITS
-"""Lanes among which one is picked in a step: all at once would be a slow path."""
+GROUP = 16
+"""Lanes that are gathered in a step: all at once would be a slow path."""
 
 
 def table_index_layout(config: EngineConfig) -> data.StructLayout:
@@ -40,6 +42,10 @@ class TableReader(wiring.Component):
     with ``pause``; it is at the inputs two cycles later. ``valid`` comes six cycles after a cycle
     with ``pause``, if ``request`` was high in all of them.
 
+    The tables themselves do half of it: in the rows that are presented after a ``pause`` they give
+    all lanes but one as 0 (a register's reset costs nothing), so the lanes need only be joined by
+    OR. A multiplexer of all rows would be twice the logic.
+
     Parameters
     ----------
     config : :class:`EngineConfig`
@@ -50,12 +56,16 @@ class TableReader(wiring.Component):
         Row of the bias table.
     weights : In
         Rows of the temporal table and of spatial tables 1 to D.
+    clear_done : In
+        The tables have been cleared after reset.
     index : In
-        Stable while ``request``.
+        Stable while ``request``, and from a cycle before it.
     request : In
         Stays until ``valid``.
     pause : In
         The row that is presented next may be ours, and what is read of it is settled.
+    blank : Out
+        Lanes that the tables give as 0, for :class:`.CorrelationTable`.
     valid : Out
         ``value`` is the weight.
     value : Out
@@ -71,9 +81,11 @@ class TableReader(wiring.Component):
             {
                 "bias": In(data.ArrayLayout(signed(c.bias_bits), c.num_experts)),
                 "weights": In(data.ArrayLayout(row, c.depth + 1)),
+                "clear_done": In(1),
                 "index": In(table_index_layout(c)),
                 "request": In(1),
                 "pause": In(1),
+                "blank": Out(c.num_experts, init=-1),
                 "valid": Out(1),
                 "value": Out(signed(c.bias_bits)),
             }
@@ -82,23 +94,33 @@ class TableReader(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         c = self.config
+        # The tables take the row two cycles after `pause`, one after it is presented.
+        pause = Signal()
+        m.d.sync += pause.eq(self.pause)
+        with m.If(self.clear_done):
+            m.d.sync += self.blank.eq(
+                Cat(pause & (self.index.lane != e) for e in range(c.num_experts))
+            )
+        with m.Else():
+            m.d.sync += self.blank.eq(-1)
+
         picked = []
         for table, row in enumerate([self.bias, *(self.weights[d] for d in range(c.depth + 1))]):
             width = c.weight_bits if table else c.bias_bits
             groups = []
             for first in range(0, c.num_experts, GROUP):
-                group = Signal(signed(width), name=f"group_{table}_{first // GROUP}")
-                lanes = Array(row[e] for e in range(first, min(first + GROUP, c.num_experts)))
-                m.d.sync += group.eq(lanes[self.index.lane[:GROUP_BITS]])
+                group = Signal(width, name=f"group_{table}_{first // GROUP}")
+                lanes = [row[e] for e in range(first, min(first + GROUP, c.num_experts))]
+                m.d.sync += group.eq(reduce(or_, lanes))
                 groups.append(group)
             lane = Signal(signed(width), name=f"picked_{table}")
-            m.d.sync += lane.eq(Array(groups)[self.index.lane[GROUP_BITS:]])
+            m.d.sync += lane.eq(reduce(or_, groups))
             picked.append(lane)
         with m.Switch(self.index.table):
             for table, lane in enumerate(picked):
                 with m.Case(table):
                     m.d.sync += self.value.eq(lane)
-        # Row presented, in the RAM's register, in the table's, lane picked (two), table picked.
+        # Row presented, in the RAM's register, in the table's, lane found (two), table picked.
         steps = Signal(unsigned(6))
         with m.If(self.request & ~self.valid):
             m.d.sync += steps.eq(steps << 1 | self.pause)

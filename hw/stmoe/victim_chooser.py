@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Array, Cat, Module, Mux, Signal, signed, unsigned
+from amaranth.hdl import Cat, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -169,14 +169,17 @@ class VictimChooser(wiring.Component):
         m.d.sync += layer.eq(layer_next)
         excluding = Signal()
         everywhere = Signal()
-        value = Array(Signal(signed(c.value_bits), name=f"lane_value_{e}") for e in range(experts))
+        value = [Signal(signed(c.value_bits), name=f"lane_value_{e}") for e in range(experts)]
         mask = Signal(experts)
-        candidate_score = Signal(signed(c.score_bits))
-        candidate_use = Signal(USE_BITS)
-        worth = (
-            candidate_score + (candidate_use << c.use_shift) + (c.admission_bonus << FRACTION_BITS)
-        )
+        # What is to be loaded goes through the tree as well, alone and ahead of the walk.
+        candidate_value = Signal(signed(c.value_bits))
+        worth = candidate_value + (c.admission_bonus << FRACTION_BITS)
         candidate = Signal(worth.shape())
+        weighing = Signal()
+        weighed = Signal(lowest.levels + 1)
+        m.d.sync += [weighed.eq(Cat(weighing, weighed)), candidate.eq(worth)]
+        with m.If(weighed[-1]):
+            m.d.sync += candidate_value.eq(lowest.value)
         count = Signal(range(max(2, lowest.levels + 2)))
         best_value = Signal(signed(c.value_bits))
         tried_own = Signal()
@@ -189,6 +192,12 @@ class VictimChooser(wiring.Component):
             excluded.eq(Mux(excluding & (layer == self.latest_layer), self.current_set, 0)),
         ]
         m.d.sync += lower.eq(lowest.value < best_value)
+
+        def take(lanes):
+            """The row that is here goes into the tree, of it ``lanes``."""
+            m.d.sync += mask.eq(lanes)
+            for e in range(experts):
+                m.d.sync += value[e].eq(self.score[e] + (self.use[e] << c.use_shift))
 
         def keep():
             m.d.sync += [
@@ -222,13 +231,9 @@ class VictimChooser(wiring.Component):
                 m.next = "WALK"
             with m.State("WALK"):
                 # The scores of the layer to be loaded are here; the layers to be walked follow.
-                m.d.sync += [
-                    candidate_score.eq(
-                        Array(self.score[e] for e in range(experts))[self.load_expert]
-                    ),
-                    candidate_use.eq(Array(self.use[e] for e in range(experts))[self.load_expert]),
-                    tried_own.eq(~some_over),
-                ]
+                take(Cat(self.load_expert == e for e in range(experts)))
+                m.d.sync += tried_own.eq(~some_over)
+                m.d.comb += weighing.eq(1)
                 m.d.comb += layer_next.eq(
                     Mux(some_below, index_below, Mux(some_over, index_over, self.load_layer))
                 )
@@ -238,20 +243,14 @@ class VictimChooser(wiring.Component):
                 m.d.sync += tried_own.eq(1)
                 m.next = "READ"
             with m.State("READ"):
-                m.d.sync += [
-                    count.eq(0),
-                    candidate.eq(worth),
-                ]
+                m.d.sync += count.eq(0)
                 m.next = "ROW"
             with m.State("ROW"):
-                for e in range(experts):
-                    evictable = (self.row[e] == LaneState.READY) | (
-                        self.row[e] == LaneState.READY_UNUSED
-                    )
-                    m.d.sync += [
-                        mask[e].eq(evictable & ~excluded[e]),
-                        value[e].eq(self.score[e] + (self.use[e] << c.use_shift)),
-                    ]
+                evictable = Cat(
+                    (self.row[e] == LaneState.READY) | (self.row[e] == LaneState.READY_UNUSED)
+                    for e in range(experts)
+                )
+                take(evictable & ~excluded)
                 m.next = "COMPARE"
             with m.State("COMPARE"):
                 m.d.sync += count.eq(count + 1)
