@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
+from amaranth.hdl import Cat, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import data, enum, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -171,11 +171,14 @@ class ExpertMap(wiring.Component):
             info_write.en.eq(self.info_write),
         ]
 
-        # A counter for each layer, and before it a register for each of its changes: it would take
-        # too long to pick a counter, add to it and write it back.
-        lost = Signal.like(self.ready_sub)
+        # A counter for each layer, and before it a register for its change: it would take too long
+        # to pick a counter, add to it and write it back. The change is one number for all layers,
+        # so each counter is one adder.
+        held_change = Signal(signed(2))
+        ready_change = Signal(signed(len(self.ready_sub) + 1))
         m.d.sync += [
-            lost.eq(self.ready_sub),
+            held_change.eq(self.held_add - self.held_sub),
+            ready_change.eq(self.ready_add - self.ready_sub),
             self.settling.eq(
                 self.held_add | self.held_sub | self.ready_add | (self.ready_sub != 0)
             ),
@@ -184,15 +187,15 @@ class ExpertMap(wiring.Component):
         for layer in range(layers):
             holds = Signal(range(c.num_slots + 1), name=f"held_{layer}")
             can_go = Signal(range(experts + 1), name=f"ready_{layer}")
-            held_more, held_less = Signal(name=f"more_{layer}"), Signal(name=f"less_{layer}")
-            ready_more, ready_less = Signal(name=f"gain_{layer}"), Signal(name=f"loss_{layer}")
+            held_here, ready_here = (
+                Signal(name=f"held_in_{layer}"),
+                Signal(name=f"ready_in_{layer}"),
+            )
             m.d.sync += [
-                held_more.eq(self.held_add & (self.held_layer == layer)),
-                held_less.eq(self.held_sub & (self.held_layer == layer)),
-                ready_more.eq(self.ready_add & (self.ready_layer == layer)),
-                ready_less.eq(self.ready_layer == layer),
-                holds.eq(holds + held_more - held_less),
-                can_go.eq(can_go + ready_more - Mux(ready_less, lost, 0)),
+                held_here.eq(self.held_layer == layer),
+                ready_here.eq(self.ready_layer == layer),
+                holds.eq(holds + Mux(held_here, held_change, 0)),
+                can_go.eq(can_go + Mux(ready_here, ready_change, 0)),
             ]
             held.append(holds)
             ready.append(can_go)

@@ -852,7 +852,10 @@ class SlotManager(wiring.Component):
                     leaving.eq(table.place.transfer),
                     leaving_found.eq(1),
                     cancel_flag.eq(0),
-                    disproved.eq(disproved & (disproved - 1)),
+                    *(
+                        disproved[e].eq(disproved[e] & (disproved_lane != e))
+                        for e in range(experts)
+                    ),
                 ]
                 m.next = "CANCEL-READ"
             with m.State("CANCEL-READ"):
