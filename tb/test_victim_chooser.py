@@ -230,7 +230,7 @@ class TB:
         self.dut.rst.value = 0
         self.addresses, self.score_address = (0, 0), 0
         await self.cycle()
-        assert not self.answer, "done before the first start"
+        assert self.answer and not self.answer["found"], "an answer before the first start"
 
     async def search(self, s: Search) -> tuple[dict[str, int], int]:
         """The answer and after how many cycles from ``start`` it came."""

@@ -154,15 +154,16 @@ class Engine(wiring.Component):
             "discarded_beats": dma.discard,
             "retries": retry.valid,
         }
-        m.d.comb += registers.increment.eq(manager.increment)
+        # A cycle late: it is far from the blocks to the counters.
+        m.d.sync += registers.increment.eq(manager.increment)
         for name, pulse in counting.items():
-            m.d.comb += registers.increment[COUNTER_INDEX[name]].eq(pulse)
+            m.d.sync += registers.increment[COUNTER_INDEX[name]].eq(pulse)
         for name, counter in (
             ("error", "errors"),
             ("watchdog", "timeouts"),
             ("illegal", "illegal"),
         ):
-            m.d.comb += getattr(registers, name).eq(manager.increment[COUNTER_INDEX[counter]])
+            m.d.sync += getattr(registers, name).eq(manager.increment[COUNTER_INDEX[counter]])
 
         if c.event_port:
             m.submodules.event_port = port = EventPort(c)

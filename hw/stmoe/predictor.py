@@ -255,7 +255,9 @@ class Predictor(wiring.Component):
                         with m.Case(n):
                             m.d.comb += [look_rank.eq(r), first.eq(is_first), add.eq(is_add)]
                 m.d.comb += last_step.eq(step == len(schedule) - 1)
-        m.d.sync += fresh.eq(taken & ~self.token.valid)
+        # Straight from a register to all lanes of all sums.
+        clear_sums = Signal()
+        m.d.sync += [fresh.eq(taken & ~self.token.valid), clear_sums.eq(taken)]
         with m.If(taken & ~self.token.valid):
             m.d.sync += look_pass.eq(1)
         with m.If(look_pass):
@@ -289,7 +291,7 @@ class Predictor(wiring.Component):
                 learn_lane.eq(Array(others[d][r] for r in range(top_k))[rank]),
                 table.row.eq(Cat(lane, row_layer)),
                 table.delta.eq(learner.delta),
-                row_sum.clear.eq(fresh | ~is_route),
+                row_sum.clear.eq(clear_sums),
             ]
             m.d.sync += [
                 # Between events it is the row that software reads.
@@ -347,23 +349,25 @@ class Predictor(wiring.Component):
         fetching, port, own = Signal(), Signal(), Signal()
         fetch_next, port_next = Signal.like(fetch_layer), Signal()
         rows_left = Signal(range(max(2, layers, ahead + 1)))
-        turn = Signal(ahead + 1)  # a route's rows: the layers ahead, then its own
+        # A route's rows: the layers ahead, then its own. The bit of the row whose turn it is is 0:
+        # what resets the registers of the others comes straight from here.
+        others_turn = Signal(ahead + 1, init=-1)
         valid = delayed(fetching, 3, "row_valid")
         last = delayed(fetching & (rows_left == 0), 2, "row_last")
         fetched_layer = Signal.like(fetch_layer)
         m.d.sync += fetched_layer.eq(fetch_layer)
         row = Signal(score_layout(c))
         # The lane's own layer starts again from its bias, and so does a new sequence.
-        m.d.comb += own.eq(turn[ahead] | sequence)
+        m.d.comb += own.eq(~others_turn[ahead] | sequence)
         for e in range(experts):
             # A table's sums are 0 but when it is their turn. All sums are 0 for a token.
             parts = []
             for d in range(1, depth + 1):
                 part = Signal(signed(sums[d].total_bits), name=f"part_{d}_{e}")
-                with m.If(turn[d - 1]):
-                    m.d.sync += part.eq(sums[d].total[e])
-                with m.Else():
+                with m.If(others_turn[d - 1]):
                     m.d.sync += part.eq(0)
+                with m.Else():
+                    m.d.sync += part.eq(sums[d].total[e])
                 parts.append(part)
             start = Signal(signed(c.score_bits), name=f"start_{e}")
             with m.If(own):
@@ -452,7 +456,7 @@ class Predictor(wiring.Component):
                     ordered.eq(self.ordered),
                     rank.eq(0),
                     step.eq(0),
-                    turn.eq(0),
+                    others_turn.eq(-1),
                     bias_layer.eq(Mux(taken, layer, self.read_index.layer)),
                     self.select_layer.eq(target[min(1, ahead)]),
                 ]
@@ -483,7 +487,7 @@ class Predictor(wiring.Component):
                     m.next = f"SETTLE-{n + 1}" if n + 1 < settle else "REQUEST"
             with m.State("REQUEST"):
                 m.d.comb += self.commit_request.eq(1)
-                m.d.sync += turn.eq(is_route)
+                m.d.sync += others_turn.eq(Cat(~is_route, Const(-1, ahead)))
                 with m.If(self.commit_grant):
                     m.d.comb += port_next.eq(1)
                     with m.If(sequence):
@@ -503,14 +507,14 @@ class Predictor(wiring.Component):
                     fetch_next.eq(following(fetch_layer)),
                 ]
                 m.d.sync += [
-                    turn.eq(turn << 1),
+                    others_turn.eq(Cat(1, others_turn)),
                     rows_left.eq(rows_left - 1),
                     bias_layer.eq(Mux(sequence, bias_layer + 1, bias_layer)),
                 ]
-                with m.If(turn[ahead - 1] if ahead else Const(0)):
+                with m.If(~others_turn[ahead - 1] if ahead else Const(0)):
                     m.d.comb += fetch_next.eq(layer)
                 with m.If(rows_left == 0):
-                    m.d.sync += turn.eq(0)
+                    m.d.sync += others_turn.eq(-1)
                     m.next = "WRITE"
             with m.State("WRITE"):
                 with m.If(finish):

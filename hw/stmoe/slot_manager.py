@@ -556,22 +556,44 @@ class SlotManager(wiring.Component):
             self.absent.eq(absent),
         ]
 
+        # What the predictor takes goes to it from registers: a token in the cycle after, a route in
+        # the cycle in which it is taken here.
+        token_begins, token_is_new = Signal(), Signal()
+        route_judged = Signal()
+        m.d.sync += [
+            token_begins.eq(0),
+            token_is_new.eq(self.token.payload.new_sequence),
+            route_judged.eq(0),
+        ]
+        m.d.comb += [
+            self.predictor_token.valid.eq(token_begins),
+            self.predictor_token.payload.new_sequence.eq(token_is_new),
+            self.predictor_route.valid.eq(route_judged & legal),
+            self.predictor_route.payload.layer.eq(expected_layer),
+            *(
+                self.predictor_route.payload.experts[rank].eq(event_lanes[rank])
+                for rank in range(top_k)
+            ),
+        ]
+
         # Which input may be taken ---------------------------------------------------------------
         token = self.token.payload
         at_boundary = Signal()
         take_token, judge_route = Signal(), Signal()
+        predictor_idle = Signal()
         m.d.comb += [
+            # Idle is idle: `predictor_route.ready` may depend on `predictor_token.valid`.
+            predictor_idle.eq(self.predictor_token.ready & ~token_begins),
             at_boundary.eq((expected_layer == 0) & ~token_taken),
             take_token.eq(
                 self.token.valid
-                & self.predictor_token.ready
+                & predictor_idle
                 & (pending == 0)
                 & (at_boundary | ((token.new_sequence | (token.context != 0)) & ~self.route.valid))
             ),
             judge_route.eq(
                 self.route.valid
-                # Idle is idle: `predictor_route.ready` may depend on `predictor_token.valid`.
-                & self.predictor_token.ready
+                & predictor_idle
                 & (pending == 0)
                 & ~at_boundary
                 & (outstanding <= 3 * top_k)
@@ -590,6 +612,7 @@ class SlotManager(wiring.Component):
         released, releasable = Signal(slot_info_layout(c)), Signal()
         operation = Signal(Operation)
         threshold_next = Signal()
+        demand_begun = Signal()
         leaving_found, leaving_slot = Signal(), Signal(c.slot_bits)
         newest_order = Signal(c.transfer_bits)
         scan = Signal(c.transfer_bits)
@@ -601,7 +624,6 @@ class SlotManager(wiring.Component):
             # BEGIN whatever may be wanted then, during a search and START the victim's.
             of_victim = Signal()
             m.d.comb += [
-                of_victim.eq(fsm.ongoing("SEARCH") | fsm.ongoing("START")),
                 row_layer.eq(
                     Mux(
                         of_victim,
@@ -640,6 +662,7 @@ class SlotManager(wiring.Component):
                     | self.completion.valid
                     | self.release.valid
                     | self.commit_request
+                    | token_begins
                 ),
             ]
             with m.State("CLEAR"):
@@ -659,7 +682,11 @@ class SlotManager(wiring.Component):
             with m.State("IDLE"):
                 # The first operation that is possible is chosen now and begun in the next cycle.
                 # What makes it possible stays so until then, but for one case of a token.
-                m.d.sync += [op_layer.eq(load_layer), op_expert.eq(load_expert)]
+                m.d.sync += [
+                    op_layer.eq(load_layer),
+                    op_expert.eq(load_expert),
+                    of_victim.eq(0),
+                ]
                 possible = {
                     Operation.COMPLETION: self.completion.valid,
                     Operation.DEMAND: demanding & ~demand_blocked & self.start.ready,
@@ -705,6 +732,7 @@ class SlotManager(wiring.Component):
                             m.next = "START"
                         with m.Elif((free.level == 0) & ~table.settling):
                             m.d.comb += chooser.start.eq(1)
+                            m.d.sync += of_victim.eq(1)
                             m.next = "SEARCH"
                     with m.Case(Operation.DISPROVED):
                         m.next = "DISPROVED"
@@ -736,11 +764,8 @@ class SlotManager(wiring.Component):
                                     *emit(EventKind.ILLEGAL, flag=2),
                                 ]
                             with m.Else():
+                                m.d.sync += token_begins.eq(1)
                                 m.d.comb += [
-                                    self.predictor_token.valid.eq(1),
-                                    self.predictor_token.payload.new_sequence.eq(
-                                        token.new_sequence
-                                    ),
                                     counter["tokens"].eq(1),
                                     counter["sequences"].eq(token.new_sequence),
                                     *emit(
@@ -764,6 +789,7 @@ class SlotManager(wiring.Component):
                             event_next.eq(route_set),
                             # A legal one is of this layer: the DMA scheduler reads its segments.
                             op_layer.eq(expected_layer),
+                            route_judged.eq(1),
                         ]
                         m.next = "ROUTE"
 
@@ -868,10 +894,12 @@ class SlotManager(wiring.Component):
                 m.next = "CANCEL"
             with m.State("CANCEL"):
                 # The DMA scheduler ignores a cancel that is late, so it need not wait for that.
-                m.d.comb += [
-                    self.cancel.eq(leaving_found),
-                    cancelling.eq(leaving_found & ~self.cancel_late),
-                ]
+                # Whether it was is known at the end of the cycle, so the map learns it in the next.
+                m.d.comb += self.cancel.eq(leaving_found)
+                m.d.sync += cancelling.eq(leaving_found & ~self.cancel_late)
+                m.next = "CANCELLED"
+            with m.State("CANCELLED"):
+                m.d.sync += cancelling.eq(0)
                 m.next = "IDLE"
 
             with m.State("ENDED"):
@@ -1033,9 +1061,6 @@ class SlotManager(wiring.Component):
                 m.d.sync += searching.eq(0)
                 with m.If(legal):
                     m.d.comb += [
-                        self.predictor_route.valid.eq(1),
-                        self.predictor_route.payload.layer.eq(route.layer),
-                        self.predictor_route.payload.experts.eq(route.experts),
                         outstanding_add.eq(top_k),
                         counter["routes"].eq(1),
                         *emit(EventKind.ROUTE, layer=route.layer, data=route.experts.as_value()),
@@ -1113,14 +1138,12 @@ class SlotManager(wiring.Component):
                         table.row_write_data[e].eq(
                             Mux(resident, LaneState.PINNED, LaneState.LOADING_DEMAND)
                         ),
-                        table.row_write_lanes[e].eq(
-                            (event_set[e] & (resident | on_its_way))
-                            | (taking & (first_missing == e))
-                        ),
+                        table.row_write_lanes[e].eq(event_set[e] & (resident | on_its_way)),
                     ]
                     m.d.sync += disproved[e].eq(
                         (row_taken[e] == LaneState.LOADING_PREFETCH) & ~event_set[e]
                     )
+                m.d.sync += demand_begun.eq(taking)
                 with m.If(taking):
                     m.d.sync += pending.eq(pending & (pending - 1))
                 with m.Elif((pending != 0) & self.start.ready & (free.level == 0)):
@@ -1128,7 +1151,14 @@ class SlotManager(wiring.Component):
                     m.d.sync += searching.eq(1)
                 m.next = "JUDGE"
             with m.State("JUDGE"):
-                m.d.comb += [judging.eq(1), queue.flush.eq(1)]
+                m.d.comb += [
+                    judging.eq(1),
+                    queue.flush.eq(1),
+                    # The demand that has begun in the cycle before: its lane is `op_lane`.
+                    table.row_write.eq(demand_begun),
+                    *(table.row_write_data[e].eq(LaneState.LOADING_DEMAND) for e in range(experts)),
+                ]
+                m.d.sync += demand_begun.eq(0)
                 judged = judged_all & ~stage1 & ~stage2 & ~queue.removed & ~gate.busy
                 with m.If(judged & gate.changed):
                     m.d.comb += emit(
@@ -1139,6 +1169,7 @@ class SlotManager(wiring.Component):
                     )
                 with m.If(judged):
                     with m.If(searching):
+                        m.d.sync += of_victim.eq(1)
                         m.next = "SEARCH"
                     with m.Else():
                         m.next = "IDLE"

@@ -77,7 +77,8 @@ class VictimChooser(wiring.Component):
     has no pins. Its value is ``score + (use << use_shift)``; ties go to the first layer of the
     walk and the lowest expert.
 
-    The answer comes with ``done``, which stays high until the next ``start``. The walk's first
+    The answer comes with ``done``, which stays high until the next ``start`` (and is high after
+    reset). The walk's first
     choice takes :attr:`latency` cycles from ``start``, 6 + ceil(log2(E)). The last resort of a
     demand looks at one layer after the other, as many cycles each; one without an evictable
     expert costs 2.
@@ -124,7 +125,7 @@ class VictimChooser(wiring.Component):
                 "over": In(c.num_layers),
                 "any_ready": In(c.num_layers),
                 "busy": Out(1),
-                "done": Out(1),
+                "done": Out(1, init=1),
                 "found": Out(1),
                 "admitted": Out(1),
                 "layer": Out(c.layer_bits),
@@ -211,12 +212,12 @@ class VictimChooser(wiring.Component):
         before, last = Signal(c.layer_bits), Signal()
         m.d.comb += before.eq(Mux(layer == 0, layers - 1, layer - 1))
 
-        with m.FSM() as fsm:
+        with m.FSM():
             m.d.comb += [
-                self.busy.eq(~fsm.ongoing("IDLE")),
-                self.row_layer.eq(Mux(fsm.ongoing("IDLE"), self.load_layer, layer)),
+                self.busy.eq(~self.done),
+                self.row_layer.eq(Mux(self.done, self.load_layer, layer)),
                 # A cycle ahead: the score memory has a register of its own for the address.
-                self.score_layer.eq(Mux(fsm.ongoing("IDLE"), self.load_layer, layer_next)),
+                self.score_layer.eq(Mux(self.done, self.load_layer, layer_next)),
             ]
             with m.State("IDLE"):
                 m.d.sync += [
