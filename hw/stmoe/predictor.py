@@ -487,7 +487,7 @@ class Predictor(wiring.Component):
                     m.next = f"SETTLE-{n + 1}" if n + 1 < settle else "REQUEST"
             with m.State("REQUEST"):
                 m.d.comb += self.commit_request.eq(1)
-                m.d.sync += others_turn.eq(Cat(~is_route, Const(-1, ahead)))
+                m.d.sync += others_turn.eq(Cat(~is_route, Const(1).replicate(ahead)))
                 with m.If(self.commit_grant):
                     m.d.comb += port_next.eq(1)
                     with m.If(sequence):
