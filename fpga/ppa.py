@@ -95,12 +95,11 @@ def _config(name: str, depth: int) -> EngineConfig:
 
 def _synthesise(config: EngineConfig, board: Board, label: str) -> Path:
     """The folder of a synthesis: made now, or by a run before from the same Verilog."""
-    from amaranth.back import verilog
-
     from stmoe.top import EngineTop
+    from stmoe.verilog_writer import convert
 
     os.environ.setdefault("AMARANTH_USE_YOSYS", "builtin")
-    text = verilog.convert(EngineTop(config), name=NAME, emit_src=False)
+    text = convert(EngineTop(config), name=NAME, emit_src=False)
     yosys = _tool("yosys")
     script = f"read_verilog {NAME}.v; {HIDE_FIELDS}; {SYNTHESIS[board.family]}; "
     script += f"tee -q -o {NAME}.new.json stat -json"

@@ -347,6 +347,7 @@ PARTS: dict[str, Callable[[], Iterator[Figure]]] = {
     "compare": figures_of("bench_compare"),
     "report": figures_of("bench_report"),
     "adaptive": figures_of("bench_adaptive"),
+    "recovery": figures_of("bench_recovery"),
     "latency": part_latency,
     "speed": part_speed,
     "dma": part_dma,

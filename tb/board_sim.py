@@ -20,12 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from amaranth.back import verilog
-
 from simulation import BUILD, ROOT, find_verilator
 from stmoe.harness.board_protocol import DEFAULT_BAUD
 from stmoe.harness.board_top import BoardTop
 from stmoe.toolchain import ToolError
+from stmoe.verilog_writer import convert
 from stmoe_golden.config import ConfigError, EngineConfig, preset
 from stmoe_golden.traces import TraceError, config_for, load_trace
 
@@ -71,7 +70,7 @@ def build_board(
 ) -> Path:
     """Build the model; returns the program. An unchanged design is not built again."""
     top = BoardTop(config, clock_hz=clock_hz, baud=baud, engine_factory=engine_factory)
-    text = verilog.convert(top, name=TOP, emit_src=False)
+    text = convert(top, name=TOP, emit_src=False)
     args = [*VERILATOR_ARGS, "-CFLAGS", " ".join(optimise)]
     key = hashlib.sha256((text + SOURCE.read_text() + repr(args)).encode()).hexdigest()[:12]
     folder = BUILD / "board" / key

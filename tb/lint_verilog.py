@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lints the generated Verilog of every preset with ``verilator --lint-only -Wall``.
 
-``python tb/lint_verilog.py [PRESET ...]``; without names, every preset
-but those of which the tables alone take minutes to write. Status 1 if one has a
+``python tb/lint_verilog.py [PRESET ...]``; without names, every preset. Status 1 if one has a
 finding, 2 if a preset or a tool is missing.
 """
 
@@ -28,10 +27,6 @@ WAIVED = {
     "WIDTHTRUNC": "Amaranth's assignments truncate, and `!x` tests a whole vector",
 }
 """Warnings that are off, each with its reason."""
-
-
-LARGE = 1 << 24
-"""Table bits above which a preset is linted only when it is named."""
 
 
 def lint(name: str) -> str:
@@ -63,10 +58,6 @@ def main(names: list[str]) -> int:
     bad = 0
     try:
         for name in names or list(PRESETS):
-            if not names and PRESETS[name].table_bits > LARGE:
-                # Amaranth writes the initial value of every bit of every table.
-                print(f"verilator lint {name}: left out, takes minutes; name it to lint it")
-                continue
             findings = lint(name)
             print(f"verilator lint {name}: {'failed' if findings else 'clean'}", flush=True)
             if findings:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from amaranth.back import verilog
 
 from simulation import BUILD, ROOT, find_verilator
 from stmoe.harness.content_checker import AddressMap
@@ -38,6 +37,7 @@ from stmoe.harness.run_log import (
     Write,
 )
 from stmoe.toolchain import ToolError
+from stmoe.verilog_writer import convert
 from stmoe_golden.config import EngineConfig
 
 __all__ = ["SimulationError", "build_simulation", "read_log", "run_simulation"]
@@ -150,7 +150,7 @@ def build_simulation(
     if known.exists():
         return BUILD / "sim" / known.read_text()
     top = SimTop(config, engine_factory=engine_factory, stride=stride)
-    text = verilog.convert(top, name=TOP, emit_src=False)
+    text = convert(top, name=TOP, emit_src=False)
     folder = BUILD / "sim" / _digest((text + repr(args)).encode())
     folder.mkdir(exist_ok=True)
     with open(folder / "lock", "w") as lock:

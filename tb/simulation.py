@@ -16,10 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from amaranth.back import verilog
 from amaranth.hdl import Elaboratable, Module
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import Out
+
+from stmoe.verilog_writer import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
@@ -77,7 +78,7 @@ def build(component: Elaboratable, name: str, *, waves: bool = False, build_args
     """
     from cocotb_tools.runner import get_runner
 
-    text = verilog.convert(component, name=name, emit_src=False)
+    text = convert(component, name=name, emit_src=False)
     key = hashlib.sha256((text + repr((waves, tuple(build_args)))).encode()).hexdigest()[:12]
     folder = BUILD / "bench" / f"{name}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,6 +116,7 @@ def run_bench(
     env: dict[str, Any] | None = None,
     waves: bool = False,
     build_args=(),
+    plusargs=(),
 ) -> None:
     """Build ``component`` and run the cocotb tests of ``module`` on it; any failure raises.
 
@@ -145,6 +147,7 @@ def run_bench(
             results_xml=str(results),
             extra_env=extra,
             waves=waves,
+            plusargs=list(plusargs),
             log_file=folder / f"test-{tag}.log",
         )
     count, failed = get_results(results) if results.exists() else (0, 0)

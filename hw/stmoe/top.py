@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-
 from amaranth.hdl import Cat, ClockDomain, ClockSignal, Module, ResetSignal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
@@ -24,6 +22,7 @@ from .payloads import (
     token_layout,
 )
 from .register_map import addr_width
+from .verilog_writer import convert
 
 __all__ = ["EngineTop", "generate"]
 
@@ -141,9 +140,6 @@ def generate(
     config: EngineConfig, *, name: str = "stmoe_engine", memory_clock: bool = False
 ) -> str:
     """Verilog of the engine as module ``name``; the same arguments give the same text."""
-    os.environ.setdefault("AMARANTH_USE_YOSYS", "builtin")
-    from amaranth.back import verilog
-
-    return "// SPDX-License-Identifier: Apache-2.0\n" + verilog.convert(
+    return "// SPDX-License-Identifier: Apache-2.0\n" + convert(
         EngineTop(config, memory_clock=memory_clock), name=name, emit_src=False
     )
