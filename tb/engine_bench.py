@@ -476,6 +476,7 @@ class EngineBench:
         threshold: int | None = None,
         quota: list[int] | None = None,
         *,
+        predictors: int | None = None,
         wait: bool = True,
     ) -> bool:
         """Write all shadow registers and commit; a set that breaks a rule must be refused.
@@ -489,7 +490,10 @@ class EngineBench:
             threshold = config.threshold << FRACTION_BITS
         if quota is None:
             quota = [config.quota] * config.num_layers
+        if predictors is None:
+            predictors = self.map["PREDICTORS"].reset
         writes: list[tuple[Any, ...]] = [("CONTROL", control), ("THRESHOLD", threshold)]
+        writes.append(("PREDICTORS", predictors))
         writes += [("QUOTA", layer, value) for layer, value in enumerate(quota)]
         self.rng.shuffle(writes)
         for write in writes:
@@ -501,7 +505,7 @@ class EngineBench:
         )
         if legal:
             bits = (bool(control >> bit & 1) for bit in range(4))
-            self.settings.append(Settings(threshold, list(quota), *bits))
+            self.settings.append(Settings(threshold, list(quota), *bits, predictors))
         self.taken["legal commit" if legal else "refused commit"] += 1
         await self.put("COMMIT", 1)
         if wait:
@@ -730,4 +734,6 @@ class RandomTraffic(EngineBench):
             elif fault == 1:
                 threshold = rng.choice((-limit - 1, limit, 1 << 30))
             control = EVERYTHING if rng.random() < 0.5 else rng.randrange(16)
-            await self.commit(control, threshold, quota)
+            kinds = self.map["PREDICTORS"].reset
+            predictors = kinds if rng.random() < 0.5 else rng.randint(0, kinds)
+            await self.commit(control, threshold, quota, predictors=predictors)

@@ -118,6 +118,10 @@ COUNTER_WIDTH = COUNTER_BITS[os.environ.get("CONFIG", "tiny")]
 SEEDS = json.loads(os.environ.get("SEEDS", "[1]"))
 MAP = {r.name: r for r in registers(CONFIG)}
 OKAY, SLVERR = 0, 2
+KINDS = (1 << (CONFIG.depth + 2)) - 1
+"""PREDICTORS with every kind enabled."""
+USED = {"CONTROL": 15, "PREDICTORS": KINDS, "IRQ_ENABLE": 31, "TABLE_INDEX": 0x0FFF_FFFF}
+"""Bits that are kept, of the registers that have fewer than 32."""
 CAUSES = ("error", "watchdog", "illegal", "counter_wrap", "commit_refused")
 
 
@@ -186,6 +190,7 @@ class TB:
             int(dut.adaptive.value),
             dut.threshold.value.to_signed(),
             int(dut.quota.value),
+            int(dut.kinds.value),
         )
 
     async def _take_segments(self) -> None:
@@ -365,6 +370,7 @@ class Model:
         self.values = {"IRQ_STATUS": 0, "STATUS": 0, "SCRATCH": 0, "IRQ_ENABLE": 0}
         self.values["CONTROL"] = 7 | CONFIG.adaptive << 3
         self.values["TABLE_INDEX"] = 0
+        self.values["PREDICTORS"] = KINDS
         self.values["THRESHOLD"] = (CONFIG.threshold * 4) & 0xFFFF_FFFF
         self.quota = [CONFIG.quota] * CONFIG.num_layers
         self.stage = dict.fromkeys(("LOW", "HIGH", "STRIDE", "BEATS"), 0)
@@ -382,6 +388,7 @@ class Model:
             control >> 3 & 1,
             signed32(self.values["THRESHOLD"]),
             pack_quota(self.quota),
+            self.values["PREDICTORS"],
         )
 
     def write(self, address: int, value: int, strobes: int) -> int:
@@ -395,9 +402,8 @@ class Model:
             return SLVERR
         if name in ("STATUS", "IRQ_STATUS"):
             self.values[name] &= ~(value & mask)
-        elif name in ("SCRATCH", "THRESHOLD", "CONTROL", "IRQ_ENABLE", "TABLE_INDEX"):
-            used = {"CONTROL": 15, "IRQ_ENABLE": 31, "TABLE_INDEX": 0x0FFF_FFFF}
-            used = used.get(name, 0xFFFF_FFFF)
+        elif name in ("SCRATCH", "THRESHOLD", *USED):
+            used = USED.get(name, 0xFFFF_FFFF)
             self.values[name] = merge(self.values[name]) & used
         elif name == "QUOTA":
             new = merge(self.quota[index[0]])
@@ -474,6 +480,7 @@ async def reset_values(dut) -> None:
             c.adaptive,
             c.threshold * 4,
             pack_quota([c.quota] * c.num_layers),
+            KINDS,
         )
         expected = {
             "IDENTITY": int.from_bytes(b"STMO", "big"),
@@ -485,6 +492,7 @@ async def reset_values(dut) -> None:
             "CAPABILITY5": c.expert_bytes,
             "SCRATCH": 0,
             "CONTROL": 7 | c.adaptive << 3,
+            "PREDICTORS": KINDS,
             "THRESHOLD": c.threshold * 4 & 0xFFFF_FFFF,
             "COMMIT": 0,
             "STATUS": 0,
@@ -641,7 +649,7 @@ async def commits_are_atomic(dut) -> None:
         rng = tb.rng
         for _ in range(8):
             before = tb.active()
-            control = rng.randrange(16)
+            control, kinds = rng.randrange(16), rng.randrange(KINDS + 1)
             # Sums right at the limit, ranges right at their ends.
             total = min(
                 rng.choice((spare, spare, spare + 1, 0, rng.randrange(spare))),
@@ -659,7 +667,7 @@ async def commits_are_atomic(dut) -> None:
             threshold = rng.choice((-limit, limit - 1, rng.randrange(-limit, limit), before[4]))
             if rng.random() < 0.25:
                 threshold = rng.choice((-limit - 1, limit, (1 << 31) - 1, -(1 << 31)))
-            writes = [("CONTROL", control), ("THRESHOLD", threshold)]
+            writes = [("CONTROL", control), ("THRESHOLD", threshold), ("PREDICTORS", kinds)]
             writes += [("QUOTA", i, q) for i, q in enumerate(written)]
             rng.shuffle(writes)
             for write in writes:
@@ -692,7 +700,7 @@ async def commits_are_atomic(dut) -> None:
             await tb.grant(0)
             await tb.cycles(2)
             after = (*(control >> bit & 1 for bit in range(4)), threshold)
-            assert tb.active() == (*after, pack_quota(quotas))
+            assert tb.active() == (*after, pack_quota(quotas), kinds)
             assert tb.commits == commits + 1
             assert tb.threshold_changes == changes + (threshold != before[4])
             assert await tb.get("STATUS") & 3 == 0
@@ -719,6 +727,7 @@ async def shadow_writes_wait_for_a_pending_commit(dut) -> None:
         choices = [
             ("CONTROL", 5),
             ("THRESHOLD", 7),
+            ("PREDICTORS", 2),
             ("QUOTA", CONFIG.num_layers - 1, quota),
             ("COMMIT", 0),
         ]
@@ -732,11 +741,11 @@ async def shadow_writes_wait_for_a_pending_commit(dut) -> None:
         assert not waiting.done() and tb.active() == before
         await tb.grant(0)
         await tb.cycles(2)
-        assert tb.active() == (*before[:4], 100 + seed, before[5])
+        assert tb.active() == (*before[:4], 100 + seed, *before[5:])
         await waiting
         if late[0] != "COMMIT":
             assert await tb.get(*late[:-1]) == late[-1]
-        assert tb.active() == (*before[:4], 100 + seed, before[5])
+        assert tb.active() == (*before[:4], 100 + seed, *before[5:])
         await tb.put("COMMIT", 1)
         cocotb.start_soon(tb.grant(0))
         await tb.put("CONTROL", 15)  # its answer comes after the grant
@@ -751,6 +760,7 @@ async def shadow_writes_wait_for_a_pending_commit(dut) -> None:
             int(late[0] != "CONTROL" and CONFIG.adaptive),
             7 if late[0] == "THRESHOLD" else 100 + seed,
             pack_quota(quotas),
+            2 if late[0] == "PREDICTORS" else KINDS,
         )
 
 

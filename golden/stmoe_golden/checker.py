@@ -22,7 +22,7 @@ import numpy as np
 from .buffer import Lane, admits, new_buffer, victim
 from .confidence import gate_params, new_gate, note_bad, note_event, note_good, threshold_of
 from .config import FRACTION_BITS, NUM_SEGMENTS, PAGE_BYTES, EngineConfig
-from .predictor import Predictor
+from .predictor import Predictor, params_of
 
 __all__ = ["Checker", "Kind", "Mismatch", "Record", "Segment", "Settings", "burst_plan"]
 
@@ -102,6 +102,8 @@ class Settings:
     ordered: bool = True
     adaptive: bool | None = None
     """Thresholds move; None: as the configuration has it."""
+    predictors: int | None = None
+    """Kinds of predictor that are enabled, as in the register PREDICTORS; None: all."""
 
 
 @dataclass
@@ -211,9 +213,7 @@ class Checker:
             self.fills = {slot: [] for slot in range(config.num_slots)}
             for cycle, slot in fills:
                 self.fills[slot].append(cycle)
-        self.predictor = Predictor(
-            config, learning=self.active.learning, ordered=self.active.ordered
-        )
+        self.predictor = Predictor(config)
         self.buffer = new_buffer(config)
         self.buffer.quota[:] = self.active.quota
         self.gate = new_gate(config.num_layers)
@@ -561,6 +561,7 @@ class Checker:
             self.fail(record, f"layer {self.expected_layer} of the token before it is to come")
         self.token_taken, self.expected_layer = True, 0
         self.work.append((0, bool(new_sequence), None))
+        self.sample_predictor()
         self.count("tokens")
         if new_sequence:
             self.count("sequences")
@@ -639,13 +640,15 @@ class Checker:
                 self.grants.append((layer, e, slot, 0))
         self.gate_due = bool(note_event(*gate, idle)) and c.look > 0
         self.work.append(((layer + 1) % c.num_layers, None, np.array(experts)))
-        # `learning` and `ordered` are sampled when the route is taken.
-        self.predictor.params = self.predictor.params._replace(
+        self.sample_predictor()
+
+    def sample_predictor(self) -> None:
+        """A token or route has been taken: the predictor's switches are what they are now."""
+        self.predictor.params = params_of(
+            self.config,
             learning=self.active.learning,
-            gains=np.array(
-                c.gains if self.active.ordered else (1 << FRACTION_BITS,) * c.top_k,
-                dtype=np.int64,
-            ),
+            ordered=self.active.ordered,
+            predictors=self.active.predictors,
         )
 
     def _score_commit(self, record: Record) -> None:

@@ -111,6 +111,7 @@ class Engine(wiring.Component):
             predictor.threshold.eq(manager.select_threshold),
             predictor.learning.eq(registers.learning),
             predictor.ordered.eq(registers.ordered),
+            predictor.kinds.eq(registers.kinds),
             predictor.prefetching.eq(registers.prefetching),
             predictor.read_index.eq(registers.read_index),
             predictor.read_request.eq(registers.read_request),

@@ -45,7 +45,7 @@ __all__ = [
 IDENTITY = int.from_bytes(b"STMO", "big")
 """What IDENTITY reads: ASCII 'STMO', 'S' in the most significant byte."""
 
-VERSION = (0, 2, 0)
+VERSION = (0, 3, 0)
 """Version of the register map: major (incompatible), minor (additions), patch."""
 
 WORD_BYTES = 4
@@ -444,6 +444,25 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
                 for i, (name, _) in enumerate(causes)
             ),
             "Causes that raise `irq`, a level: high while any enabled cause is set.",
+        ),
+        Register(
+            "PREDICTORS",
+            0x03C,
+            rw,
+            (1 << (config.depth + 2)) - 1,
+            (
+                Field("bias", 0, 1, rw, "each expert's own frequency: table 0"),
+                Field("temporal", 1, 1, rw, "the layer's token before: table 1"),
+                *(
+                    Field(f"spatial_{d}", 1 + d, 1, rw, f"the layer {d} before: table {1 + d}")
+                    for d in range(1, config.depth + 1)
+                ),
+            ),
+            "Kinds of predictor that are enabled, one bit for each table of TABLE_INDEX (shadow: "
+            "takes effect at a commit, from the next token or routing event on). A disabled kind "
+            "adds nothing to scores and does not learn: its weights stay until it is enabled "
+            "again. What scores already hold stays in them until they start anew, at their "
+            "layer's next routing event.",
         ),
         Register(
             "CYCLE_LOW",

@@ -30,7 +30,7 @@ __all__ = ["CounterBank", "Registers"]
 OKAY, SLVERR = 0, 2
 """AXI responses that are given."""
 
-SHADOW = ("CONTROL", "THRESHOLD", "QUOTA", "COMMIT")
+SHADOW = ("CONTROL", "THRESHOLD", "PREDICTORS", "QUOTA", "COMMIT")
 """Registers that a pending commit keeps as they are."""
 
 
@@ -218,6 +218,8 @@ class Registers(wiring.Component):
         The bus.
     prefetching, learning, ordered, adaptive : :py:`Out(1)`
         Active switches.
+    kinds : :py:`Out(depth + 2)`
+        Active kinds of predictor, as PREDICTORS.
     threshold : :py:`Out(signed(score_bits))`
         Active threshold, quarter units.
     quota : :py:`Out(ArrayLayout(unsigned(quota_bits(config)), num_layers))`
@@ -267,6 +269,7 @@ class Registers(wiring.Component):
                 "learning": Out(1, init=1),
                 "ordered": Out(1, init=1),
                 "adaptive": Out(1, init=int(config.adaptive)),
+                "kinds": Out(config.depth + 2, init=self.map["PREDICTORS"].reset),
                 "threshold": Out(score, init=threshold_reset(config)),
                 "quota": Out(
                     data.ArrayLayout(unsigned(quota_bits(config)), config.num_layers),
@@ -604,6 +607,7 @@ class Registers(wiring.Component):
                 self.learning.eq(shown["CONTROL"][1]),
                 self.ordered.eq(shown["CONTROL"][2]),
                 self.adaptive.eq(shown["CONTROL"][3]),
+                self.kinds.eq(shown["PREDICTORS"]),
                 self.threshold.eq(next_threshold),
                 self.quota.eq(next_quota),
             ]
