@@ -104,6 +104,47 @@ class Settings:
     """Thresholds move; None: as the configuration has it."""
     predictors: int | None = None
     """Kinds of predictor that are enabled, as in the register PREDICTORS; None: all."""
+    segments: list[list[Segment]] | None = None
+    """Parts of each layer's experts; None: as before. A load keeps to those of its start."""
+
+    def refusal(self, config: EngineConfig) -> str | None:
+        """Why the engine refuses to commit these; None when it takes them."""
+        limit = 1 << (config.score_bits - 1)
+        if not -limit <= self.threshold < limit:
+            return f"threshold must be {-limit} to {limit - 1} quarters, not {self.threshold}"
+        if len(self.quota) != config.num_layers:
+            return f"quota must have {config.num_layers} numbers, not {len(self.quota)}"
+        for layer, quota in enumerate(self.quota):
+            if not 0 <= quota <= config.num_experts:
+                return f"quota of layer {layer} must be 0 to {config.num_experts}, not {quota}"
+        room = config.num_slots - config.top_k
+        if sum(self.quota) > room:
+            return f"sum of quotas must be at most {room}, not {sum(self.quota)}"
+        if self.segments is None:
+            return None
+        if len(self.segments) != config.num_layers:
+            return f"segments must be of {config.num_layers} layers, not {len(self.segments)}"
+        for layer, segments in enumerate(self.segments):
+            if len(segments) > NUM_SEGMENTS:
+                return f"segments of layer {layer} must be at most {NUM_SEGMENTS}"
+            for number, segment in enumerate(segments):
+                which = f"of segment {number} of layer {layer}"
+                for name, value, bits in (
+                    ("base", segment.base, config.axi_addr_width),
+                    ("stride", segment.stride, 32),
+                ):
+                    if not 0 <= value < 1 << bits or value % config.beat_bytes:
+                        return (
+                            f"{name} {which} must be a multiple of {config.beat_bytes} below "
+                            f"2^{bits}, not {value:#x}"
+                        )
+            beats = [segment.beats for segment in segments]
+            if min(beats, default=0) < 0 or not 1 <= sum(beats) <= config.slot_beats:
+                return (
+                    f"beats of layer {layer}'s segments must be 1 to {config.slot_beats} together, "
+                    f"not {beats}"
+                )
+        return None
 
 
 @dataclass
@@ -158,7 +199,7 @@ class Checker:
     ----------
     config : EngineConfig
     segments : list [L] of list of :class:`Segment`
-        As programmed into the engine.
+        As programmed into the engine, until a commit brings others.
     settings : list of :class:`Settings`
         Those of reset first, then one for each register commit, in order.
     tokens, routes, releases, grants, addresses, last_beats : iterables
@@ -971,6 +1012,8 @@ class Checker:
             self.fail(record, "no register commit was requested")
         before, self.active = self.active, self.settings.popleft()
         self.buffer.quota[:] = self.active.quota
+        if self.active.segments is not None:
+            self.segments = self.active.segments
         self.gate_params = self.params_of_gate()
         self.threshold_due = self.active.threshold != before.threshold
 

@@ -95,6 +95,10 @@ class Engine(wiring.Component):
         connect(m, dma.fill, flipped(self.fill))
         connect(m, registers.axil, flipped(self.axil))
         connect(m, registers.segment_write, dma.segment_write)
+        m.d.comb += [
+            dma.bank.eq(registers.segment_bank),
+            registers.old_segments.eq(dma.old_segments),
+        ]
 
         connect(m, manager.predictor_token, predictor.token)
         connect(m, manager.predictor_route, predictor.route)
