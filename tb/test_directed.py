@@ -143,8 +143,8 @@ class GatedTier(Tier):
 SWITCHES = ("prefetching", "learning", "adaptive", "predictors", "quota", "threshold", "segments")
 """Settings that a commit changes under load."""
 
-OLD_SEGMENTS = 1 << 4
-"""In STATUS: a COMMIT of other segments would wait."""
+PENDING, OLD_SEGMENTS = 1 << 0, 1 << 4
+"""In STATUS: a COMMIT, or one of other segments, would wait."""
 
 
 class Situations(Checker):
@@ -677,7 +677,7 @@ async def quotas_from_none_to_the_least_slots(dut) -> None:
             assert sum(quota) + K == CONFIG.num_slots
             assert not await tb.commit(15, LOWEST, [quota[0] + 1, *quota[1:]])
         assert await tb.commit(15, LOWEST, quota)
-        tb.routes_left = 60
+        tb.routes_left = 90
         await tb.drain()
         checker = tb.check(Situations)
         tb.check_nothing_lost(checker)
@@ -824,7 +824,7 @@ async def switches_change_with_prefetches_in_every_state(dut) -> None:
         tb.routes_left = 150
         while tb.routes_left:
             await tb.cycles(tb.rng.randrange(120))
-            while await tb.get("STATUS") & OLD_SEGMENTS:
+            while await tb.get("STATUS") & (PENDING | OLD_SEGMENTS):
                 pass
             # What is on its way stays so until the commit has been taken.
             tb.ram.allowed = tb.rng.randrange(30)
@@ -878,8 +878,8 @@ async def commits_one_after_the_other(dut) -> None:
 
 @scene("crowded")
 async def segments_move_under_loads(dut) -> None:
-    """Layers move, grow and shrink while loads of theirs are under way, as demands, as prefetches
-    and draining, and start again after errors: each ends as it began."""
+    """Layers move, grow and shrink while loads of theirs are under way, as demands and as
+    prefetches, and start again after errors: each ends as it began."""
     tb, seen = RandomTraffic(dut, CONFIG), Tally[str]()
     for seed in range(1, 4):
         await tb.reset(seed)
@@ -891,9 +891,8 @@ async def segments_move_under_loads(dut) -> None:
             await tb.cycles(tb.rng.randrange(40))
             await tb.commit(15, LOWEST, segments=tb.other_segments(), wait=False)
         seen += (await rest_and_check(tb)).seen
-    for kind in ("demand", "loading", "draining"):
-        assert seen[f"layer moved with {kind}"] > 2, seen
-    assert seen["start again where it was"], seen
+    assert seen["layer moved with demand"] > 20 and seen["layer moved with loading"] > 2, seen
+    assert seen["start again where it was"] > 20, seen
 
 
 # pytest ---------------------------------------------------------------------------------------

@@ -210,9 +210,8 @@ class TB:
                 bank = 0
             elif bank != int(dut.segment_bank.value):
                 bank ^= 1
-                await self.cycles(self.rng.randrange(3))
                 dut.old_segments.value = 1
-                await self.cycles(self.rng.randrange(1, 1 + self.longest_use))
+                await self.cycles(self.rng.randrange(self.longest_use // 4, self.longest_use))
 
     def segments(self) -> dict[tuple[int, int], int]:
         """The active set, as far as it was handed over: (layer, segment) to value."""
@@ -912,7 +911,7 @@ async def segments_are_committed_whole_or_refused(dut) -> None:
 async def a_commit_of_segments_waits_for_loads_that_use_the_old_ones(dut) -> None:
     """It is not taken while they do, and reads go on; a commit of anything else does not wait."""
     tb = TB(dut)
-    tb.longest_use = 2000
+    tb.longest_use = 400
     for seed in SEEDS:
         await tb.reset(seed)
         words = some_words(tb.rng)
@@ -924,6 +923,20 @@ async def a_commit_of_segments_waits_for_loads_that_use_the_old_ones(dut) -> Non
         while dut.old_segments.value == 0:
             await RisingEdge(dut.clk)
         assert await tb.get("STATUS") >> 4 == 1
+        # No read of STATUS says that neither a commit is pending nor the old places are read.
+        while dut.old_segments.value == 1:
+            await RisingEdge(dut.clk)
+        for last in (False, False, True):
+            tb.longest_use, delay = (2400 if last else 400), tb.rng.randrange(12)
+            await tb.put("SEGMENT_BEATS", 0, 0, words[0, 0][3])
+            await tb.put("COMMIT", 1)
+            granting = cocotb.start_soon(tb.grant(delay))
+            while (status := await tb.get("STATUS")) & 1:
+                pass
+            assert status >> 4 == 1
+            await granting
+            while not last and dut.old_segments.value == 1:
+                await RisingEdge(dut.clk)
         granting = cocotb.start_soon(tb.grant(0))
         await tb.put("THRESHOLD", seed)
         await tb.put("COMMIT", 1)

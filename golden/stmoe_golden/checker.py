@@ -282,6 +282,8 @@ class Checker:
         self.token_taken = False
         self.threshold_due = False
         self.gate_due = False
+        self.prefetch_retried = False
+        """Since the last operation a prefetch has started again."""
         self.routed_at = -1
         self.counters = dict.fromkeys(counters, 0)
         self.recent: deque[Record] = deque(maxlen=self.HISTORY)
@@ -339,6 +341,7 @@ class Checker:
         handler(record)
         if record.kind not in BESIDE:
             self.last_operation = record.cycle
+            self.prefetch_retried = False
         if record.kind in (Kind.BURST, Kind.LAST_BEAT):
             self.last_link = record.cycle
         if not (self.queue and self.prefetch_may_start()):
@@ -516,11 +519,12 @@ class Checker:
         """Slots that prefetches hold, loading or draining."""
         return sum(t.prefetch for t in self.transfers.values())
 
-    def prefetch_may_start(self, presented: int = 0) -> bool:
+    def prefetch_may_start(self, presented: int = 0, *, chosen: bool = False) -> bool:
         """The rules of the DMA scheduler and the buffer for one more prefetch.
 
         ``presented``: 1 where the last address of the prefetch before may stand on the bus, which
-        has not taken it yet.
+        has not taken it yet. ``chosen``: it may have been chosen before another prefetch started
+        again, and waited until that had issued its bursts.
         """
         c = self.config
         unissued = sum(
@@ -531,7 +535,7 @@ class Checker:
         return (
             not self.pending
             and unissued <= presented
-            and self.prefetch_owed() < c.prefetch_outstanding
+            and (chosen or self.prefetch_owed() < c.prefetch_outstanding)
             and self.prefetch_held() < c.prefetch_loads
         )
 
@@ -731,7 +735,7 @@ class Checker:
         if not demand:
             if not self.queue:
                 self.fail(record, "nothing is demanded or selected")
-            if not self.prefetch_may_start(presented=1):
+            if not self.prefetch_may_start(1, chosen=self.prefetch_retried):
                 self.fail(record, "a prefetch may not start now")
         layer = self.latest if demand else self.queue_layer
         expert = (self.pending if demand else self.queue).popleft()
@@ -917,6 +921,7 @@ class Checker:
         t.ended, t.failed, t.issued = None, False, 0
         t.retries += 1
         t.since = t.demanded = record.cycle
+        self.prefetch_retried |= t.prefetch
         if not t.prefetch:
             self.demand_order.remove(t)
             self.demand_order.append(t)

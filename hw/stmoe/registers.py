@@ -252,7 +252,8 @@ class Registers(wiring.Component):
     segment_bank : :py:`Out(1)`
         The active set of segments.
     old_segments : :py:`In(1)`
-        The other set is still in use. Must be right four cycles after ``segment_bank`` changed.
+        The other set is still in use. May be wrong in the first cycle after ``segment_bank``
+        changed, when STATUS says so in any case.
     read_index, read_request : Out
         The weight that TABLE_VALUE wants; stable until ``read_valid``, or until it gives up.
     read_valid, read_value : In
@@ -371,6 +372,7 @@ class Registers(wiring.Component):
 
         # Registers that are no array, as the table says ---------------------------------------
 
+        moved = Signal()  # the sets of segments have just changed places
         threshold_bad = Signal()
         refused = Signal()
         cycle_high = Signal(CYCLE_BITS - 32)
@@ -378,7 +380,7 @@ class Registers(wiring.Component):
             ("STATUS", "commit_pending"): self.commit_request,
             ("STATUS", "initialised"): self.initialised,
             ("STATUS", "busy"): self.busy,
-            ("STATUS", "old_segments"): self.old_segments,
+            ("STATUS", "old_segments"): self.old_segments | moved,
             ("CYCLE_LOW", "cycle"): self.cycle[:32],
             ("CYCLE_HIGH", "cycle"): cycle_high,
             ("TABLE_VALUE", "weight"): self.read_value,
@@ -707,6 +709,7 @@ class Registers(wiring.Component):
             self.threshold_changed.eq(self.committed & threshold_differs),
             self.irq.eq((shown["IRQ_STATUS"] & shown["IRQ_ENABLE"]).any()),
         ]
+        m.d.sync += moved.eq(self.committed & segments_changed)
         with m.If(self.committed):
             m.d.sync += [
                 self.commit_request.eq(0),
