@@ -74,7 +74,7 @@ class DmaBench(wiring.Component):
         wiring.connect(m, scheduler.axi, memory.axi)
         m.d.comb += memory.latency.eq(self.latency)
 
-        # One segment for each layer, written while `go` is low.
+        # One segment for each layer, written while `go` is low; then that set is used.
         written = Signal(range(config.num_layers + 1))
         row = scheduler.segment_write.payload
         m.d.comb += [
@@ -83,6 +83,7 @@ class DmaBench(wiring.Component):
             row.value.base.eq(written * config.num_experts * config.expert_bytes),
             row.value.stride.eq(config.expert_bytes),
             row.value.beats.eq(config.slot_beats),
+            scheduler.bank.eq(written == config.num_layers),
         ]
         with m.If(written != config.num_layers):
             m.d.sync += written.eq(written + 1)

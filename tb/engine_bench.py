@@ -10,6 +10,7 @@ its subclasses decide: :class:`RandomTraffic` here, scenes in ``test_directed.py
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter as Tally
 from collections.abc import Iterator, Sequence
@@ -157,7 +158,8 @@ class EngineBench:
     log : dict of lists
         What :class:`Checker` wants of the monitors, and the records of the event port.
     segments : list [L] of list of :class:`Segment`
-        As the engine has them now; ``segments_at`` keeps what they were, and until when.
+        Those of the last commit; ``sets`` are those of every commit, ``shadow_segments`` what was
+        written last.
     due : list of (cycle, slot)
         Grants to be released.
     held : Tally
@@ -206,7 +208,6 @@ class EngineBench:
         self.held: Tally[int] = Tally()
         self.due: list[tuple[int, int]] = []
         self.buffer = [[GUARD] * self.beats for _ in range(self.config.num_slots)]
-        self.loaded_from: list[list[list[Segment]]] = [[] for _ in range(self.config.num_slots)]
         self.log: dict[str, list] = {
             name: []
             for name in (
@@ -227,7 +228,8 @@ class EngineBench:
         self.worst: Tally[int] = Tally()
         self.fill_beats = 0
         self.segments: list[list[Segment]] = []
-        self.segments_at: list[tuple[int, int, list[Segment]]] = []
+        self.sets: list[list[list[Segment]]] = []
+        self.shadow_segments: list[list[Segment]] = [[] for _ in range(self.config.num_layers)]
         self.last_beats: set[tuple[int, int]] = set()
         self.settings = [
             Settings(
@@ -298,7 +300,6 @@ class EngineBench:
             assert not self.held[slot], f"cycle {cycle}: slot {slot} is filled while in use"
             if offset == 0:
                 self.buffer[slot] = [GUARD] * self.beats
-                self.loaded_from[slot] = list(self.segments)
             self.buffer[slot][offset] = fill["data"]
             self.fill_beats += 1
             if (offset, fill["data"]) in self.last_beats:
@@ -357,19 +358,21 @@ class EngineBench:
             self.took_route(route, legal)
 
     def _check_content(self, layer: int, expert: int, slot: int) -> None:
-        """The slot holds the expert's bytes, and nothing beyond them was written."""
-        # A layer without beats fills nothing.
-        segments = (self.loaded_from[slot] or self.segments)[layer]
-        wanted = [
-            content(s.base + expert * s.stride + beat * self.config.beat_bytes, self.ram.data_width)
-            for s in segments
-            for beat in range(s.beats)
-        ]
-        if wanted:
-            wanted += [GUARD] * (self.beats - len(wanted))
-            assert self.buffer[slot] == wanted, (
-                f"cycle {self.cycle}: slot {slot} does not hold expert {expert} of layer {layer}"
-            )
+        """The slot holds the expert's bytes, all as the segments of one commit have them (the
+        checker says which), and nothing beyond them was written."""
+
+        def wanted(segments: list[Segment]) -> list[int | None]:
+            beats: list[int | None] = [
+                content(s.base + expert * s.stride + i * self.config.beat_bytes, width)
+                for s in segments
+                for i in range(s.beats)
+            ]
+            return beats + [GUARD] * (self.beats - len(beats))
+
+        width = self.ram.data_width
+        assert any(self.buffer[slot] == wanted(old[layer]) for old in reversed(self.sets)), (
+            f"cycle {self.cycle}: slot {slot} does not hold expert {expert} of layer {layer}"
+        )
 
     # Drivers -----------------------------------------------------------------------------------
 
@@ -430,8 +433,6 @@ class EngineBench:
         """A layer in up to 4 parts, anywhere, also across 4 KiB; none has more beats than fit."""
         rng, beats, config = self.rng, self.beats, self.config
         total = rng.choice((beats, rng.randint(1, beats), rng.randint(1, beats)))
-        if rng.random() < 0.03:
-            total = 0
         cuts = sorted(rng.randint(0, total) for _ in range(NUM_SEGMENTS - 1))
         segments = []
         for a, b in zip([0, *cuts], [*cuts, total], strict=True):
@@ -442,33 +443,45 @@ class EngineBench:
         return segments
 
     async def write_segments(self, layer: int, segments: list[Segment]) -> None:
-        """Program one layer; parts that are not given are unused."""
-        for part, segment in enumerate(segments):
-            await self.put("SEGMENT_BASE_LOW", layer, part, segment.base)
-            await self.put("SEGMENT_BASE_HIGH", layer, part, segment.base >> 32)
-            await self.put("SEGMENT_STRIDE", layer, part, segment.stride)
-            assert await self.put("SEGMENT_BEATS", layer, part, segment.beats) == 0
-        for part in range(len(segments), NUM_SEGMENTS):
-            assert await self.put("SEGMENT_BEATS", layer, part, 0) == 0
-        # Content follows from the address, so a beat tells whether it is its expert's last one.
-        used = [s for s in segments if s.beats]
-        for expert in range(self.config.num_experts if used else 0):
-            end = used[-1].base + expert * used[-1].stride
-            end += (used[-1].beats - 1) * self.config.beat_bytes
-            beat = content(end, self.config.axi_data_width)
-            self.last_beats.add((sum(s.beats for s in used) - 1, beat))
+        """Write the shadow registers of one layer; parts that are not given are unused."""
+        for part in range(NUM_SEGMENTS):
+            segment = segments[part] if part < len(segments) else Segment(0, 0, 0)
+            words = [
+                ("SEGMENT_BASE_LOW", segment.base),
+                ("SEGMENT_BASE_HIGH", segment.base >> 32),
+                ("SEGMENT_STRIDE", segment.stride),
+                ("SEGMENT_BEATS", segment.beats),
+            ]
+            self.rng.shuffle(words)
+            for name, value in words:
+                assert await self.put(name, layer, part, value) == 0
+        self.shadow_segments[layer] = list(segments)
+
+    def note_segments(self, segments: list[list[Segment]]) -> None:
+        """These are going to be active. Content follows from the address, so a beat tells whether
+        it is its expert's last one."""
+        self.segments = segments
+        self.sets.append(segments)
+        for parts in segments:
+            used = [s for s in parts if s.beats]
+            for expert in range(self.config.num_experts):
+                end = used[-1].base + expert * used[-1].stride
+                end += (used[-1].beats - 1) * self.config.beat_bytes
+                beat = content(end, self.config.axi_data_width)
+                self.last_beats.add((sum(s.beats for s in used) - 1, beat))
 
     async def program_segments(self, segments: list[list[Segment]] | None = None) -> None:
-        """Program every layer; any segments where none are given. Before the first token."""
-        self.segments = segments or [self.random_segments() for _ in range(self.config.num_layers)]
-        for layer, parts in enumerate(self.segments):
+        """Write and commit those of every layer, any where none are given, the rest as it is.
+        Before the first token."""
+        segments = segments or [self.random_segments() for _ in range(self.config.num_layers)]
+        for layer, parts in enumerate(segments):
             await self.write_segments(layer, parts)
-
-    async def rewrite_segments(self, layer: int, segments: list[Segment]) -> None:
-        """Other segments for a layer of which no load is in flight, nor can be started yet."""
-        self.segments_at.append((self.cycle, layer, self.segments[layer]))
-        await self.write_segments(layer, segments)
-        self.segments[layer] = segments
+        self.settings.append(dataclasses.replace(self.settings[-1], segments=segments))
+        assert self.settings[-1].refusal(self.config) is None
+        self.note_segments(segments)
+        await self.put("COMMIT", 1)
+        while await self.get("STATUS") & 1:
+            pass
 
     async def commit(
         self,
@@ -476,32 +489,40 @@ class EngineBench:
         threshold: int | None = None,
         quota: list[int] | None = None,
         *,
+        predictors: int | None = None,
+        segments: list[list[Segment]] | None = None,
         wait: bool = True,
     ) -> bool:
         """Write all shadow registers and commit; a set that breaks a rule must be refused.
 
-        ``threshold`` in quarter units; what is not given is as after reset. ``wait`` for the
-        answer, which comes when the set is active. Returns whether it was legal.
+        ``threshold`` in quarter units; what is not given is as after reset, but segments are those
+        of the last commit. ``wait`` for the answer, which comes when the set is active. Returns
+        whether it was legal.
         """
         config = self.config
-        limit = 1 << (config.score_bits - 1)
         if threshold is None:
             threshold = config.threshold << FRACTION_BITS
         if quota is None:
             quota = [config.quota] * config.num_layers
+        if predictors is None:
+            predictors = self.map["PREDICTORS"].reset
         writes: list[tuple[Any, ...]] = [("CONTROL", control), ("THRESHOLD", threshold)]
+        writes.append(("PREDICTORS", predictors))
         writes += [("QUOTA", layer, value) for layer, value in enumerate(quota)]
         self.rng.shuffle(writes)
         for write in writes:
             await self.put(*write)
-        legal = (
-            sum(quota) + config.top_k <= config.num_slots
-            and max(quota) <= config.num_experts
-            and -limit <= threshold < limit
-        )
+        segments = segments or self.segments or None
+        for layer, parts in enumerate(segments or []):
+            if parts != self.shadow_segments[layer]:
+                await self.write_segments(layer, parts)
+        bits = (bool(control >> bit & 1) for bit in range(4))
+        settings = Settings(threshold, list(quota), *bits, predictors, segments)
+        legal = settings.refusal(config) is None
         if legal:
-            bits = (bool(control >> bit & 1) for bit in range(4))
-            self.settings.append(Settings(threshold, list(quota), *bits))
+            self.settings.append(settings)
+            if segments is not None and segments != self.segments:
+                self.note_segments(segments)
         self.taken["legal commit" if legal else "refused commit"] += 1
         await self.put("COMMIT", 1)
         if wait:
@@ -535,42 +556,16 @@ class EngineBench:
         events = log.pop("events")
         checker = kind(
             self.config,
-            segments=[list(s) for s in self.segments],
+            segments=[[] for _ in range(self.config.num_layers)],
             settings=self.settings,
             **log,
             counters=[counter.name for counter in COUNTERS],
         )
-        # Backwards, so that the first of a layer's changes is undone last.
-        for _, layer, before in reversed(self.segments_at):
-            checker.segments[layer] = before
-        changes = [
-            (cycle, layer, self._segments_after(number, layer))
-            for number, (cycle, layer, _) in enumerate(self.segments_at)
-        ]
-        checker.run(self._apply_changes(events, changes, checker))
+        checker.run(events)
         checker.counters["discarded_beats"] = checker.counters["beats"] - self.fill_beats
         dropped = {r.cycle for r in events if r.kind == Kind.ILLEGAL and r.flag == 2}
         assert dropped == self.foreign_tokens, "tokens dropped"
         return checker
-
-    def _segments_after(self, number: int, layer: int) -> list[Segment]:
-        """What change ``number`` made of the layer: what the layer's next change found there."""
-        for _, other, before in self.segments_at[number + 1 :]:
-            if other == layer:
-                return before
-        return self.segments[layer]
-
-    @staticmethod
-    def _apply_changes(events, changes, checker: Checker) -> Iterator[Record]:
-        """The records, with the checker's segments as they were in the cycle of each."""
-        changes = list(changes)
-        for record in events:
-            while changes and changes[0][0] <= record.cycle:
-                _, layer, segments = changes.pop(0)
-                if any(t.layer == layer for t in checker.transfers.values()):
-                    checker.fail(record, f"segments of layer {layer} were written under a load")
-                checker.segments[layer] = segments
-            yield record
 
     def check_nothing_lost(self, checker: Checker) -> None:
         """At rest: every route has all its grants, every slot is free or holds an expert."""
@@ -730,4 +725,33 @@ class RandomTraffic(EngineBench):
             elif fault == 1:
                 threshold = rng.choice((-limit - 1, limit, 1 << 30))
             control = EVERYTHING if rng.random() < 0.5 else rng.randrange(16)
-            await self.commit(control, threshold, quota)
+            kinds = self.map["PREDICTORS"].reset
+            predictors = kinds if rng.random() < 0.5 else rng.randint(0, kinds)
+            segments = self.other_segments(broken=fault == 2) if rng.random() < 0.4 else None
+            await self.commit(control, threshold, quota, predictors=predictors, segments=segments)
+
+    def other_segments(self, *, broken: bool = False) -> list[list[Segment]]:
+        """Those of the last commit with one or two layers moved, grown or shrunk; ``broken``: and
+        one rule broken by one number."""
+        rng, config = self.rng, self.config
+        segments = list(self.segments)
+        for _ in range(rng.randint(1, 2)):
+            segments[rng.randrange(config.num_layers)] = self.random_segments()
+        if broken:
+            layer = rng.randrange(config.num_layers)
+            parts = list(segments[layer])
+            number = rng.randrange(len(parts))
+            part = parts[number]
+            left = self.beats - sum(s.beats for s in parts)
+            fault = rng.choice(("base", "reach", "stride", "beats", "none"))
+            if fault == "base":
+                part = dataclasses.replace(part, base=part.base + rng.choice((1, 2)))
+            elif fault == "reach" and config.axi_addr_width < 64:
+                part = dataclasses.replace(part, base=part.base | 1 << config.axi_addr_width)
+            elif fault == "stride":
+                part = dataclasses.replace(part, stride=part.stride + 1)
+            else:
+                part = dataclasses.replace(part, beats=part.beats + left + rng.choice((1, 1 << 20)))
+            parts[number] = part
+            segments[layer] = [Segment(0, 0, 0)] if fault == "none" else parts
+        return segments

@@ -81,7 +81,8 @@ class RegisterPort:
         return (await self.read("STATUS") & field.mask) >> field.lsb
 
     async def segments(self, config: EngineConfig, addresses: AddressMap) -> None:
-        """Program the harness's address map: one segment per layer, the others unused."""
+        """Write the harness's address map: one segment per layer, the others unused. Takes effect
+        with the next :meth:`configure`."""
         for layer in range(config.num_layers):
             base = addresses.base(layer)
             await self.write("SEGMENT_BASE_LOW", base, layer, 0)
@@ -92,15 +93,18 @@ class RegisterPort:
                 await self.write("SEGMENT_BEATS", 0, layer, segment)
 
     async def configure(self, changes: dict[str, Any]) -> None:
-        """Write shadow registers and commit. ``changes`` may have ``control``, ``threshold``
-        (quarter units), ``quotas`` (one number for all layers, or a list), ``irq_enable``."""
-        unknown = set(changes) - {"control", "threshold", "quotas", "irq_enable"}
+        """Write shadow registers and commit them with those that were written before. ``changes``
+        may have ``control``, ``predictors``, ``threshold`` (quarter units), ``quotas`` (one number
+        for all layers, or a list), ``irq_enable``."""
+        unknown = set(changes) - {"control", "predictors", "threshold", "quotas", "irq_enable"}
         if unknown:
             raise SimulationFailed(f"unknown settings {sorted(unknown)}")
         if "irq_enable" in changes:
             await self.write("IRQ_ENABLE", changes["irq_enable"])
         if "control" in changes:
             await self.write("CONTROL", changes["control"])
+        if "predictors" in changes:
+            await self.write("PREDICTORS", changes["predictors"])
         if "threshold" in changes:
             await self.write("THRESHOLD", changes["threshold"])
         if "quotas" in changes:
@@ -109,8 +113,6 @@ class RegisterPort:
             quotas = [quotas] * layers if isinstance(quotas, int) else quotas
             for layer, quota in enumerate(quotas):
                 await self.write("QUOTA", quota, layer)
-        if set(changes) <= {"irq_enable"}:
-            return
         await self.write("COMMIT", 1)
         if await self.status("commit_refused"):
             raise SimulationFailed(f"commit refused: {changes}")

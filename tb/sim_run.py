@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import inspect
@@ -38,7 +39,8 @@ from stmoe.harness.run_log import (
 )
 from stmoe.toolchain import ToolError
 from stmoe.verilog_writer import convert
-from stmoe_golden.config import EngineConfig
+from stmoe_golden.checker import Settings
+from stmoe_golden.config import FRACTION_BITS, EngineConfig
 
 __all__ = ["SimulationError", "build_simulation", "read_log", "run_simulation"]
 
@@ -292,12 +294,12 @@ def run_simulation(
     engine_factory : callable or None
         Makes another engine than ``stmoe.engine.Engine``.
     registers : dict or None
-        Written before the first token: ``control``, ``threshold`` (quarter units), ``quotas``
-        (a list, or a number for all layers), ``irq_enable``. What is left out keeps its reset
-        value.
+        Written before the first token: ``control``, ``predictors``, ``threshold`` (quarter units),
+        ``quotas`` (a list, or a number for all layers), ``irq_enable``. What is left out keeps its
+        reset value.
     reconfigure : sequence of (int, dict)
-        Registers to write when so many tokens have finished (soon after: at the next time that
-        Python is awake).
+        Registers to write and commit when so many tokens have finished (soon after: at the next
+        time that Python is awake).
     memory : dict or None
         Other inputs of :class:`stmoe.harness.memory_model.MemoryModel`, such as error injection.
     stride : int or None
@@ -379,6 +381,7 @@ def run_simulation(
 
     run = read_log(out_dir / "sim.log", config)
     run.out_dir = out_dir
+    run.settings = _commits(config, [registers or {}, *(made for _, made in sorted(reconfigure))])
     if not result_path.exists():
         run.error = "the simulation died, see sim.log"
     else:
@@ -398,6 +401,23 @@ def run_simulation(
     if said:
         raise SimulationError(f"{'; '.join(said)} (in {out_dir})", run)
     return run
+
+
+def _commits(config: EngineConfig, changes: Sequence[dict[str, Any]]) -> list[Settings]:
+    """What each commit makes active, the first after reset."""
+    made = []
+    now = Settings(config.threshold << FRACTION_BITS, [config.quota] * config.num_layers)
+    for change in changes:
+        fields: dict[str, Any] = {n: change[n] for n in ("threshold", "predictors") if n in change}
+        if "quotas" in change:
+            quotas = change["quotas"]
+            fields["quota"] = [quotas] * config.num_layers if isinstance(quotas, int) else quotas
+        if "control" in change:
+            switches = ("prefetching", "learning", "ordered", "adaptive")
+            fields |= {n: bool(change["control"] >> i & 1) for i, n in enumerate(switches)}
+        now = dataclasses.replace(now, **fields)
+        made.append(now)
+    return made
 
 
 @contextlib.contextmanager

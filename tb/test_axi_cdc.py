@@ -613,6 +613,7 @@ async def engine(dut):
             ("BEATS", beats),
         ):
             await tb.master.write_dword(table[f"SEGMENT_{word}"].at(layer, 0), value)
+    await tb.master.write_dword(table["COMMIT"].at(), 1)
     tb.tasks += [cocotb.start_soon(tb.accelerator()), cocotb.start_soon(tb.releases())]
     tokens, wanted = 12, []
     for token in range(tokens):

@@ -41,7 +41,7 @@ full event port                                full_event_port_holds_prefetches_
                                                test_event_port
 reconfiguration under load                     switches_change_with_prefetches_in_every_state,
                                                commits_one_after_the_other,
-                                               segments_are_rewritten_while_other_layers_load;
+                                               segments_move_under_loads;
                                                test_engine: random_traffic (legal and refused)
 =============================================  ====================================================
 """
@@ -140,6 +140,13 @@ class GatedTier(Tier):
         return await super()._read(address, length)
 
 
+SWITCHES = ("prefetching", "learning", "adaptive", "predictors", "quota", "threshold", "segments")
+"""Settings that a commit changes under load."""
+
+PENDING, OLD_SEGMENTS = 1 << 0, 1 << 4
+"""In STATUS: a COMMIT, or one of other segments, would wait."""
+
+
 class Situations(Checker):
     """The golden checker, and in what situations it has seen the engine.
 
@@ -201,13 +208,21 @@ class Situations(Checker):
             self.seen["sequence with " + " ".join(sorted(self.state()))] += 1
         elif record.kind == Kind.REGISTER_COMMIT and self.settings:
             new = self.settings[0]
-            for name in ("prefetching", "learning", "adaptive", "quota", "threshold"):
+            for name in SWITCHES:
                 if getattr(new, name) != getattr(self.active, name):
                     for state in self.state():
                         self.seen[f"{name} changed with {state}"] += 1
             for layer, (before, after) in enumerate(zip(self.active.quota, new.quota, strict=True)):
                 if after < self.buffer.held[layer] <= before:
                     self.seen["quota cut below what is held"] += 1
+            for kind, loads in self.loads().items():
+                for t in loads:
+                    if new.segments and new.segments[t.layer] != self.segments[t.layer]:
+                        self.seen[f"layer moved with {kind}"] += 1
+        elif record.kind == Kind.RETRY and record.expert in self.transfers:
+            t = self.transfers[record.expert]
+            if t.plan != self.plan(t.layer, t.expert):
+                self.seen["start again where it was"] += 1
         elif record.kind == Kind.CANCEL and record.data in self.transfers:
             t = self.transfers[record.data]
             self.seen["cancel to make room" if record.flag else "cancel of disproved"] += 1
@@ -662,7 +677,7 @@ async def quotas_from_none_to_the_least_slots(dut) -> None:
             assert sum(quota) + K == CONFIG.num_slots
             assert not await tb.commit(15, LOWEST, [quota[0] + 1, *quota[1:]])
         assert await tb.commit(15, LOWEST, quota)
-        tb.routes_left = 60
+        tb.routes_left = 90
         await tb.drain()
         checker = tb.check(Situations)
         tb.check_nothing_lost(checker)
@@ -799,8 +814,8 @@ async def rest_and_check(tb: RandomTraffic) -> Situations:
 
 @scene("crowded")
 async def switches_change_with_prefetches_in_every_state(dut) -> None:
-    """Prefetching, learning, the adaptive gate, quotas and thresholds change under load, each
-    while prefetches are queued, loading, promoted and draining."""
+    """Prefetching, learning, the adaptive gate, kinds of predictor, quotas, thresholds and segments
+    change under load, each while prefetches are queued, loading, promoted and draining."""
     tb, seen = GatedTraffic(dut, CONFIG), Tally[str]()
     for seed in range(1, 4):
         await tb.reset(seed)
@@ -809,15 +824,23 @@ async def switches_change_with_prefetches_in_every_state(dut) -> None:
         tb.routes_left = 150
         while tb.routes_left:
             await tb.cycles(tb.rng.randrange(120))
+            while await tb.get("STATUS") & (PENDING | OLD_SEGMENTS):
+                pass
             # What is on its way stays so until the commit has been taken.
             tb.ram.allowed = tb.rng.randrange(30)
             control = tb.rng.choice((15, tb.rng.randrange(16)))
-            await tb.commit(control, tb.rng.choice((LOWEST, LOWEST, -100, 0)), random_quota(tb))
+            await tb.commit(
+                control,
+                tb.rng.choice((LOWEST, LOWEST, -100, 0)),
+                random_quota(tb),
+                predictors=tb.rng.randrange(1 << CONFIG.depth + 2),
+                segments=tb.other_segments(),
+            )
             tb.ram.allow(math.inf)
         checker = await rest_and_check(tb)
         seen += checker.seen
     await tb.check_tables(checker)
-    for name in ("prefetching", "learning", "adaptive", "quota", "threshold"):
+    for name in SWITCHES:
         for state in ("queued", "loading", "promoted", "draining"):
             assert seen[f"{name} changed with {state}"], (name, state, seen)
     assert seen["quota cut below what is held"], seen
@@ -848,57 +871,28 @@ async def commits_one_after_the_other(dut) -> None:
         await tb.commit(control, threshold, quota, wait=False)
     checker = await rest_and_check(tb)
     cycles = sorted(r.cycle for r in tb.log["events"] if r.kind == Kind.REGISTER_COMMIT)
-    assert len(cycles) == commits > 40, len(cycles)
+    # And that of the segments.
+    assert len(cycles) == commits + 1 > 40, len(cycles)
     assert not checker.settings
 
 
 @scene("crowded")
-async def segments_are_rewritten_while_other_layers_load(dut) -> None:
-    """A layer of which nothing is in flight moves, grows and shrinks, while others load: what is
-    loaded then comes from there, what is resident stays as it was loaded."""
-    tb, under_load = RandomTraffic(dut, CONFIG), 0
-    layers = range(CONFIG.num_layers)
-
-    def in_flight() -> Tally[int]:
-        """Loads of each layer, by the records that have been delivered."""
-        loads: dict[int, int] = {}
-        for r in tb.log["events"]:
-            if r.kind == Kind.LOAD_START:
-                loads[r.data >> 16] = r.layer
-            elif r.kind in (Kind.FILL_DONE, Kind.DRAINED):
-                loads.pop(r.data)
-        return Tally(loads.values())
-
+async def segments_move_under_loads(dut) -> None:
+    """Layers move, grow and shrink while loads of theirs are under way, as demands and as
+    prefetches, and start again after errors: each ends as it began."""
+    tb, seen = RandomTraffic(dut, CONFIG), Tally[str]()
     for seed in range(1, 4):
         await tb.reset(seed)
         await tb.program_segments()
         legal_traffic(tb)
+        tb.ram.fails = lambda address: tb.rng.random() < 0.05
         tb.routes_left = 120
-        await tb.commit(15, LOWEST)
         while tb.routes_left:
             await tb.cycles(tb.rng.randrange(40))
-            # No event, so nothing but the latest layer's demands and the next one's prefetches
-            # can start once its scores are committed.
-            tb.held_back = True
-            while tb.offered.keys() & {"token", "route"}:
-                await tb.cycles(1)
-            events = len(tb.log["tokens"]) + len(tb.log["routes"])
-            await tb.cycles(40)
-            commits = sum(r.kind == Kind.SCORE_COMMIT for r in tb.log["events"])
-            loads = in_flight()
-            done = (tb.expected_layer, (tb.expected_layer - 1) % CONFIG.num_layers)
-            still = [layer for layer in layers if layer not in done and not loads[layer]]
-            if commits == events and still and loads.total():
-                layer = tb.rng.choice(still)
-                starts = sum(r.kind == Kind.LOAD_START for r in tb.log["events"])
-                await tb.rewrite_segments(layer, tb.random_segments())
-                under_load += in_flight().total() > 0 or starts < sum(
-                    r.kind == Kind.LOAD_START for r in tb.log["events"]
-                )
-                await tb.cycles(10)
-            tb.held_back = False
-        await rest_and_check(tb)
-    assert under_load > 20, under_load
+            await tb.commit(15, LOWEST, segments=tb.other_segments(), wait=False)
+        seen += (await rest_and_check(tb)).seen
+    assert seen["layer moved with demand"] > 20 and seen["layer moved with loading"] > 2, seen
+    assert seen["start again where it was"] > 20, seen
 
 
 # pytest ---------------------------------------------------------------------------------------

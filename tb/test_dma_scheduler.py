@@ -128,6 +128,7 @@ class Load:
     layer: int
     expert: int
     slot: int
+    tables: list
     bursts: list[tuple[int, int]]
     beats: list[int]
     demand_since: int | None
@@ -174,6 +175,8 @@ class Reference:
     def __init__(self, config: EngineConfig, tables):
         self.config = config
         self.tables = tables
+        self.older = False
+        """In the cycle before, a load kept to other tables than the active ones."""
         self.now = 0
         self.loads: dict[int, Load] = {}
         self.order: list[Load] = []
@@ -266,6 +269,8 @@ class Reference:
         lost_ids = {load.transfer for load in self.lost}
         assert o["busy"] == bool(self.loads), "busy"
         assert o["dead"] == self.dead, "dead"
+        assert o["old_segments"] == self.older, "old_segments"
+        self.older = any(load.tables is not i["tables"] for load in self.loads.values())
         # That all transfers are lost shows one cycle late, when there is none left to start.
         self.dead |= len({x.transfer for x in self.lost}) == config.transfers
         expires = self.silence == config.watchdog_cycles
@@ -402,6 +407,8 @@ class Reference:
             load.failed = False
             load.retries += 1
             self.note("retry")
+            if load.tables is not i["tables"]:
+                self.note("retry from the old segments")
             if not load.prefetch:
                 load.demand_since = self.now
                 self.order.append(load)
@@ -450,6 +457,7 @@ class Reference:
                 layer=load["layer"],
                 expert=load["expert"],
                 slot=load["slot"],
+                tables=self.tables,
                 bursts=[] if o["dead"] else expected_bursts(table, config, load["expert"]),
                 beats=[a for _, a in beat_addresses(table, config, load["expert"])],
                 demand_since=None if load["prefetch"] else self.now,
@@ -466,6 +474,8 @@ class Reference:
                 self.end(new, ERROR if o["dead"] else DONE)
                 self.note("refused load" if o["dead"] else "empty load")
         self.check_progress(i, o)
+        # A load that starts in the next cycle keeps to those of this one.
+        self.tables = i["tables"]
         self.previous = (i, o)
         self.now += 1
 
@@ -529,6 +539,7 @@ class Bench:
             "cancel_late": "cancel_late",
             "prefetch_ready": "prefetch_ready",
             "busy": "busy",
+            "old_segments": "old_segments",
             "dead": "dead",
             "discard": "discard",
         }
@@ -539,9 +550,14 @@ class Bench:
             getattr(self.dut, name).value = value
 
     async def reset(self, tables) -> None:
-        """Reset, write the segment tables, begin a new reference."""
+        """Reset, write the segment tables and use them, begin a new reference."""
         self.driven.clear()
-        for name in ("start__valid", "promote", "cancel", "hold", "completion__ready"):
+        self.bank, self.tables, self.rows = 1, tables, []
+        self.next_tables, self.moved_at = None, 0
+        # A stream of its own: what else happens does not hang on it.
+        self.moves = random.Random()
+        self.moves.setstate(self.rng.getstate())
+        for name in ("start__valid", "promote", "cancel", "hold", "completion__ready", "bank"):
             self.drive(name, 0)
         for name in ("axi__ar__ready", "axi__r__valid", "fill__ready", "segment_write__valid"):
             self.drive(name, 0)
@@ -549,21 +565,49 @@ class Bench:
         await FallingEdge(self.dut.clk)
         await FallingEdge(self.dut.clk)
         self.dut.rst.value = 0
-        shape = segment_write_layout(self.config)
-        for layer, table in enumerate(tables):
-            for segment, (base, stride, beats) in enumerate(table):
-                row = {"base": base, "stride": stride, "beats": beats}
-                value = pack(shape, {"layer": layer, "segment": segment, "value": row})
-                self.drive("segment_write__payload", value)
-                self.drive("segment_write__valid", 1)
-                await FallingEdge(self.dut.clk)
+        for row in self.rows_of(tables):
+            self.drive("segment_write__payload", row)
+            self.drive("segment_write__valid", 1)
+            await FallingEdge(self.dut.clk)
         self.drive("segment_write__valid", 0)
+        self.drive("bank", self.bank)
+        await FallingEdge(self.dut.clk)
         self.reference = Reference(self.config, tables)
         self.memory: dict[int, list[Burst]] = {}
         self.r: dict | None = None
         self.pending: dict | None = None
         self.shown_layer: int | None = None
         self.seen: dict = {}
+
+    def rows_of(self, tables) -> list[int]:
+        """Payloads of ``segment_write``."""
+        shape = segment_write_layout(self.config)
+        rows = []
+        for layer, table in enumerate(tables):
+            for segment, (base, stride, beats) in enumerate(table):
+                row = {"base": base, "stride": stride, "beats": beats}
+                rows.append(pack(shape, {"layer": layer, "segment": segment, "value": row}))
+        return rows
+
+    def move(self, tables) -> None:
+        """Write other tables in the cycles to come, then use them; not while any load keeps to
+        those before, or others are being written."""
+        ref = self.reference
+        others = any(load.tables is not self.tables for load in ref.loads.values())
+        if others or self.next_tables or ref.now < self.moved_at + 3:
+            return
+        self.next_tables, self.rows = tables, self.rows_of(tables)
+        ref.note("move")
+
+    def _move(self) -> None:
+        self.drive("segment_write__valid", int(bool(self.rows)))
+        if self.rows:
+            self.drive("segment_write__payload", self.rows.pop())
+        elif self.next_tables is not None and self.moves.random() < 0.3:
+            self.tables, self.next_tables = self.next_tables, None
+            self.bank ^= 1
+            self.moved_at = self.reference.now
+            self.drive("bank", self.bank)
 
     def next_r(self, *, latency_over, gap: float, mix: float, errors: float):
         """The beat that the memory puts on the bus in this cycle, if any."""
@@ -611,6 +655,7 @@ class Bench:
         valid = self.pending is not None and self.pending["layer"] == self.shown_layer
         if shown:
             self.shown_layer = shown["layer"]
+        self._move()
         r = self.r or {"id": 0, "data": 0, "resp": 0, "last": 0, "load": None}
         i = {
             "start_valid": valid,
@@ -625,6 +670,7 @@ class Bench:
             "r": r,
             "fill_ready": fill_ready,
             "completion_ready": completion_ready,
+            "tables": self.tables,
         }
         self.drive("start__valid", int(i["start_valid"]))
         if shown:
@@ -717,6 +763,7 @@ async def random_traffic(bench: Bench, cycles: int) -> None:
     p_mix = rng.choice((0.0, 0.1, 1.0))
     p_error = rng.choice((0.0, 0.005, 0.05))
     longest = rng.choice((1, 8, 100))
+    p_move = bench.moves.choice((0.0, 0.01, 0.5))
     crowd = rng.choice((2, config.transfers - 1, config.transfers))
     # In every third run the memory falls silent until a watchdog has seen it.
     silent_from = rng.randrange(cycles) if rng.random() < 0.33 else None
@@ -742,6 +789,8 @@ async def random_traffic(bench: Bench, cycles: int) -> None:
                     "slot": rng.randrange(config.num_slots),
                 }
         fill_ready = int(rng.random() < p_fill)
+        if going and bench.moves.random() < p_move:
+            bench.move(random_tables(config, bench.moves))
         prefetches = [t for t, x in ref.loads.items() if x.prefetch and not x.ended]
         beat, gone = ref.taken_beat(fill_ready)
         if beat is not None and not gone and beat.last and going:
@@ -802,7 +851,8 @@ async def random_loads(dut):
         needed += ["empty load"] if config.num_layers > 1 else []
         needed += ["promote with bursts left", "status 0", "status 1", "status 2"]
         needed += ["cancel of a demand in the order", "watchdog", f"status {TIMEOUT}"]
-        needed += ["retry"] if config.retry_limit else []
+        needed += ["move"]
+        needed += ["retry", "retry from the old segments"] if config.retry_limit else []
         # With a single transfer a prefetch seldom lives long enough to start again.
         needed += ["retry of a prefetch"] if config.retry_limit and config.transfers > 1 else []
         for what in needed:
@@ -1115,7 +1165,7 @@ def test_scene(scene):
 class FlatScheduler(wiring.Component):
     """The scheduler with its AXI port under the flat names that AxiRamRead looks for."""
 
-    KEPT = ("start", "start_transfer", "completion", "fill", "segment_write")
+    KEPT = ("start", "start_transfer", "completion", "fill", "segment_write", "bank")
 
     def __init__(self, config: EngineConfig):
         self._config = config
@@ -1131,6 +1181,8 @@ class FlatScheduler(wiring.Component):
         for name in self.KEPT:
             if name == "start_transfer":
                 m.d.comb += self.start_transfer.eq(scheduler.start_transfer)
+            elif name == "bank":
+                m.d.comb += scheduler.bank.eq(self.bank)
             else:
                 wiring.connect(m, getattr(scheduler, name), wiring.flipped(getattr(self, name)))
         connect_axi4_read(m, self._config, self, scheduler.axi)
@@ -1184,7 +1236,8 @@ async def axi_ram(dut):
     config = CONFIGS["narrow"]
     cocotb.start_soon(Clock(dut.clk, 10, unit="ns").start())
     rng = random.Random(int(os.environ["RAM_SEED"]))
-    for name in ("start__valid", "segment_write__valid", "completion__ready", "fill__ready"):
+    kept = ("start__valid", "segment_write__valid", "completion__ready", "fill__ready", "bank")
+    for name in kept:
         getattr(dut, name).value = 0
     dut.rst.value = 1
     ram = WatchedRam(AxiReadBus.from_prefix(dut, "m_axi"), dut.clk, dut.rst, size=RAM_BYTES)
@@ -1219,6 +1272,7 @@ async def axi_ram(dut):
             dut.segment_write__valid.value = 1
             await FallingEdge(dut.clk)
         dut.segment_write__valid.value = 0
+        dut.bank.value = 1 - number % 2
         dut.start__payload.value = load_fields.pack(
             prefetch=number % 2, layer=layer, expert=expert, slot=number % config.num_slots
         )

@@ -7,6 +7,7 @@ score is asked for they add up the rows that contribute to it, from the list of 
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stmoe_golden.config import EngineConfig
-from stmoe_golden.predictor import Predictor, clip, select
+from stmoe_golden.predictor import Predictor, clip, params_of, select
 from stmoe_golden.replay import new_paper_state, paper_scores, paper_update
 
 GENTLE = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
@@ -36,37 +37,48 @@ class Restatement:
         ]
         self.rows: dict[tuple, int] = defaultdict(int)  # (kind, ..., lane) -> weight
         self.uses: dict[tuple[int, int], int] = defaultdict(int)
-        self.events: list[tuple[int, list[int]]] = []  # of the present sequence
+        self.kinds = -1
+        """Kinds that are enabled now, as in the register PREDICTORS."""
+        self.kinds_of_sequence = -1
+        self.events: list[tuple[int, list[int], int]] = []  # of the present sequence, with `kinds`
 
     def new_sequence(self):
-        self.events = []
+        self.events, self.kinds_of_sequence = [], self.kinds
+
+    @staticmethod
+    def enabled(row: tuple, kinds: int) -> bool:
+        """Whether the kind of a row is enabled."""
+        bit = {"bias": 0, "temporal": 1}.get(row[0])
+        return bool(kinds >> (1 + row[1] if bit is None else bit) & 1)
 
     def contributions(self, layer: int) -> list[tuple[tuple, int]]:
-        """Rows behind ``score[layer]`` and the gain of each, in quarter units."""
-        found: list[tuple[tuple, int]] = [(("bias", layer), 4)]
-        for age, (source, used) in enumerate(reversed(self.events)):
+        """Rows behind ``score[layer]`` if their kinds are enabled, and the gain of each in quarter
+        units, 0 where the kind was not when the score was made."""
+        found: list[tuple[tuple, int]] = []
+        start, first = self.kinds_of_sequence, [(("bias", layer), 4)]
+        for age, (source, used, kinds) in enumerate(reversed(self.events)):
+            gained = [g * (kinds >> 1 & 1) for g in self.gains]
             if source == layer:
                 # The layer's own latest visit: what is older was spent on that visit.
-                found += [
-                    (("temporal", layer, i), g) for i, g in zip(used, self.gains, strict=True)
-                ]
+                found += [(("temporal", layer, i), g) for i, g in zip(used, gained, strict=True)]
+                start = kinds
                 break
             # `age` events came since, so this one is (layer - source) mod L layers before.
             distance = (layer - source) % self.c.num_layers
             if distance <= min(self.c.spatial_depth, self.c.num_layers - 1):
+                gained = [g * (kinds >> 1 + distance & 1) for g in self.gains]
                 found += [
-                    (("spatial", distance, layer, i), g)
-                    for i, g in zip(used, self.gains, strict=True)
+                    (("spatial", distance, layer, i), g) for i, g in zip(used, gained, strict=True)
                 ]
             assert age < self.c.num_layers
-        return found
+        return found + [(row, g * (start & 1)) for row, g in first]
 
     def score(self, layer: int, expert: int) -> int:
         return sum(self.rows[row + (expert,)] * g for row, g in self.contributions(layer))
 
     def route(self, layer: int, used: list[int]):
         m1, m2, m3 = 4 * self.c.margin_low, 4 * self.c.margin_step, 4 * self.c.margin_high
-        rows = [row for row, _ in self.contributions(layer)]
+        rows = [row for row, _ in self.contributions(layer) if self.enabled(row, self.kinds)]
         for e in range(self.c.num_experts):
             s = self.score(layer, e)
             if e in used:
@@ -83,7 +95,7 @@ class Restatement:
             if e in used:
                 count = min(1023, count + 32)
             self.uses[layer, e] = count
-        self.events.append((layer, used))
+        self.events.append((layer, used, self.kinds))
 
 
 @st.composite
@@ -114,13 +126,22 @@ def scripts(draw):
     return config, tokens
 
 
-@given(scripts(), st.booleans(), st.booleans())
+ANY_KINDS = st.lists(st.one_of(st.just(63), st.integers(0, 63)), min_size=1, max_size=5)
+"""PREDICTORS of the events, in turn."""
+
+
+@given(scripts(), st.booleans(), st.booleans(), ANY_KINDS)
 @GENTLE
-def test_every_score_is_the_sum_of_the_rows_behind_it(script, learning, ordered):
+def test_every_score_is_the_sum_of_the_rows_behind_it(script, learning, ordered, any_kinds):
     config, tokens = script
+    turn = itertools.cycle(any_kinds)
     model = Predictor(config, learning=learning, ordered=ordered)
     slow = Restatement(config, learning=learning, ordered=ordered)
     layers, lanes = range(config.num_layers), range(config.num_experts)
+
+    def enable(kinds: int):
+        slow.kinds = kinds
+        model.params = params_of(config, learning=learning, ordered=ordered, predictors=kinds)
 
     def check():
         expected = [[slow.score(m, e) for e in lanes] for m in layers]
@@ -131,11 +152,13 @@ def test_every_score_is_the_sum_of_the_rows_behind_it(script, learning, ordered)
 
     for number, (fresh, sets) in enumerate(tokens):
         fresh = fresh or number == 0
+        enable(next(turn))
         model.token(fresh)
         if fresh:
             slow.new_sequence()
         check()
         for layer in layers:
+            enable(next(turn))
             model.route(layer, np.array(sets[layer]))
             slow.route(layer, sets[layer])
             check()

@@ -38,6 +38,7 @@ class AnyEngine:
 
     def __init__(self, config: EngineConfig, segments: list[list[Segment]], rng: random.Random):
         self.c, self.segments, self.rng = config, segments, rng
+        self.first_segments = segments
         self.threshold = config.threshold * 4
         self.quota = [config.quota] * config.num_layers
         self.scores = Restatement(config, learning=True, ordered=True)
@@ -47,6 +48,7 @@ class AnyEngine:
             for name in ("tokens", "routes", "releases", "grants", "addresses", "last_beats")
         }
         self.commits = [Settings(self.threshold, list(self.quota))]
+        self.kinds = self.taken_kinds = -1
         self.happened: Counter[str] = Counter()
         self.cycle = 0
         self.free = list(range(config.num_slots))
@@ -146,6 +148,7 @@ class AnyEngine:
         new = self.next_layer is not None or not self.records or self.rng.random() < 0.3
         self.buses["tokens"].append((self.cycle, int(new), 7))
         self.say(Kind.TOKEN, flag=new, data=7)
+        self.taken_kinds = self.kinds
         self.next_layer = 0
         self.commit_due = ("token", new)
         if new:
@@ -159,6 +162,7 @@ class AnyEngine:
         self.buses["routes"].append((self.cycle, layer, experts))
         packed = sum(e << c.expert_bits * rank for rank, e in enumerate(experts))
         self.say(Kind.ROUTE, layer=layer, data=packed)
+        self.taken_kinds = self.kinds
         self.queue = []
         self.latest, self.used = layer, set(experts)
         self.next_layer = layer + 1 if layer + 1 < c.num_layers else None
@@ -205,6 +209,7 @@ class AnyEngine:
     def score_commit(self) -> None:
         what, detail = self.commit_due
         self.commit_due = None
+        self.scores.kinds = self.taken_kinds
         layer = 0
         if what == "route":
             self.scores.route(self.latest, detail)
@@ -253,6 +258,7 @@ class AnyEngine:
             "slot": slot,
             "prefetch": not demand,
             "plan": self.plan(layer, expert),
+            "whole": self.plan(layer, expert),
             "owed": 0,
             "promised": int(demand),
             "cancelled": False,
@@ -280,7 +286,7 @@ class AnyEngine:
     def retry(self, load: dict) -> None:
         self.over.remove(load)
         load.update(over=None, failed=False, retries=load["retries"] + 1)
-        load["plan"] = self.plan(load["layer"], load["expert"])
+        load["plan"] = list(load["whole"])
         if load in self.demands:
             self.demands.remove(load)
             self.demands.append(load)
@@ -338,7 +344,16 @@ class AnyEngine:
             self.quota[layer] = self.rng.randint(0, min(left, c.num_experts))
             left -= self.quota[layer]
         before, self.threshold = self.threshold, self.rng.choice((self.threshold, 0, -40, 25))
-        self.commits.append(Settings(self.threshold, list(self.quota)))
+        settings = Settings(self.threshold, list(self.quota))
+        if self.rng.random() < 0.5:
+            self.kinds = settings.predictors = self.rng.choice((63, self.rng.randrange(64)))
+        else:
+            self.kinds = -1
+        if self.rng.random() < 0.5:
+            self.segments = list(self.segments)
+            self.segments[self.rng.randrange(c.num_layers)] = some_segments(self.rng)
+            settings.segments = self.segments
+        self.commits.append(settings)
         self.say(Kind.REGISTER_COMMIT)
         if self.threshold != before:
             self.cycle += 1
@@ -410,7 +425,9 @@ class AnyEngine:
 
 
 def checker_of(engine: AnyEngine) -> Checker:
-    return Checker(engine.c, segments=engine.segments, settings=engine.commits, **engine.buses)
+    return Checker(
+        engine.c, segments=engine.first_segments, settings=engine.commits, **engine.buses
+    )
 
 
 def agree(engine: AnyEngine, checker: Checker) -> None:
@@ -435,6 +452,17 @@ def agree(engine: AnyEngine, checker: Checker) -> None:
     assert sum(at["pins"] for at in engine.resident.values()) == len(engine.granted) + sum(
         not error for *_, error in engine.due_grants
     )
+
+
+def some_segments(rng: random.Random) -> list[Segment]:
+    """Of one layer, 12 beats in all at most."""
+    left, row = 12, []
+    for _ in range(rng.randint(1, 4)):
+        beats = rng.randint(0 if row else 1, min(left, 6))
+        left -= beats
+        base = rng.randrange(1 << 27) * PAGE + rng.choice((0, PAGE - 16, PAGE - 8))
+        row.append(Segment(base, rng.choice((96, 4096, 1 << 20)), beats))
+    return row
 
 
 @st.composite
@@ -463,16 +491,7 @@ def engines(draw) -> AnyEngine:
         margin_step=4,
         margin_high=8,
     )
-    segments = []
-    for _ in range(layers):
-        left, row = 12, []
-        for _ in range(rng.randint(1, 4)):
-            beats = rng.randint(0 if row else 1, min(left, 6))
-            left -= beats
-            base = rng.randrange(1 << 27) * PAGE + rng.choice((0, PAGE - 16, PAGE - 8))
-            row.append(Segment(base, rng.choice((96, 4096, 1 << 20)), beats))
-        segments.append(row)
-    return AnyEngine(config, segments, rng)
+    return AnyEngine(config, [some_segments(rng) for _ in range(layers)], rng)
 
 
 def live(engine: AnyEngine, steps: int, check: Callable[[], None] = lambda: None) -> None:

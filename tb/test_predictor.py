@@ -82,11 +82,6 @@ class TB:
         self.name, self.config = name, CONFIGS[name]
         self.log, self.dut = dut._log, Prefixed(dut, name)
         self.pick = selection_layout(self.config)
-        self.params = {
-            (learning, ordered): params_of(self.config, learning=learning, ordered=ordered)
-            for learning in (False, True)
-            for ordered in (False, True)
-        }
         self.driven: dict[str, int] = {}
         self.worst: dict[str, int] = {}
         self.total_picks = self.total_weights = 0
@@ -127,7 +122,7 @@ class TB:
             self.drive(name, 0)
         for name in ("commit_grant", "absent", "selected__ready", "victim_layer", "rst"):
             self.drive(name, int(name == "rst"))
-        for name in ("threshold", "learning", "ordered", "prefetching", "read_request"):
+        for name in ("threshold", "learning", "ordered", "kinds", "prefetching", "read_request"):
             self.drive(name, 0)
         for _ in range(3):
             await RisingEdge(self.dut.clk)
@@ -162,6 +157,7 @@ class TB:
         if self.busy and rng.random() < 0.2:
             self.drive("learning", rng.getrandbits(1))
             self.drive("ordered", rng.getrandbits(1))
+            self.drive("kinds", rng.getrandbits(self.config.depth + 2))
         self.drive("selected__ready", int(self.fast or rng.random() < 0.6))
         self._ask_for_a_weight()
         expected, self.asked_before, self.asked = self.asked_before, self.asked, None
@@ -310,15 +306,20 @@ class TB:
     ) -> None:
         """One token or route from its handshake to ``selection_over``.
 
-        ``apply(learning, ordered)`` brings the golden model to where the commit ends.
+        ``apply`` brings the golden model, which has the event's settings, to where the commit ends.
         """
         rng = self.rng
         for _ in range(self.stall(12)):
             await self.cycle()
         # The settings of the handshake's cycle hold for the whole event.
         learning, ordered = rng.random() < 0.85, rng.random() < 0.6
+        # Mostly all kinds, as rows that learn seldom hold little.
+        bits = self.config.depth + 2
+        kinds = rng.getrandbits(bits) if rng.random() < 0.3 else (1 << bits) - 1
         self.drive("learning", int(learning))
         self.drive("ordered", int(ordered))
+        self.drive("kinds", kinds)
+        params = params_of(self.config, learning=learning, ordered=ordered, predictors=kinds)
         self.drive(f"{stream}__payload", payload)
         self.drive(f"{stream}__valid", 1)
         self.requested = False
@@ -330,7 +331,12 @@ class TB:
         taken = self.taken = self.now
         await self.cycle()
         assert self.read(f"{stream}__ready"), "not ready although idle"
-        self.apply = lambda: apply(learning, ordered)
+
+        def applied() -> None:
+            self.golden.params = params
+            apply()
+
+        self.apply = applied
         self.busy = True
         self.drive(f"{stream}__valid", 0)
         other = getattr(self.dut, f"{stream}__payload")
@@ -366,17 +372,12 @@ class TB:
 
     async def token(self, new_sequence: bool) -> None:
         payload = pack(token_layout(), {"new_sequence": int(new_sequence)})
-        await self.event(
-            "token", payload, 0, lambda *_: self.golden.token(new_sequence), new_sequence
-        )
+        await self.event("token", payload, 0, lambda: self.golden.token(new_sequence), new_sequence)
 
     async def route(self, layer: int, experts: list[int]) -> None:
-        def apply(learning: bool, ordered: bool) -> None:
-            self.golden.params = self.params[learning, ordered]
-            self.golden.route(layer, experts)
-
         payload = pack(route_layout(self.config), {"layer": layer, "experts": experts})
-        await self.event("route", payload, (layer + 1) % self.config.num_layers, apply)
+        following = (layer + 1) % self.config.num_layers
+        await self.event("route", payload, following, lambda: self.golden.route(layer, experts))
 
     def some_set(self) -> list[int]:
         """K experts, mostly those of the sets before: rows that have just been written."""

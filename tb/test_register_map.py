@@ -60,6 +60,7 @@ OFFSETS = {
     "STATUS": 0x030,
     "IRQ_STATUS": 0x034,
     "IRQ_ENABLE": 0x038,
+    "PREDICTORS": 0x03C,
     "CYCLE_LOW": 0x040,
     "CYCLE_HIGH": 0x044,
     "TABLE_INDEX": 0x048,

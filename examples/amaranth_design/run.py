@@ -70,6 +70,8 @@ def simulate() -> int:
                 ("BEATS", CONFIG.expert_bytes // CONFIG.beat_bytes),
             ):
                 await write(ctx, node.axil, table[f"SEGMENT_{word}"].at(layer, 0), value)
+        # Takes effect before any token that is offered from now on.
+        await write(ctx, node.axil, table["COMMIT"].at(), 1)
         for token in range(TOKENS):
             first = {"context": 0, "token_id": 0, "new_sequence": token == 0}
             await send(ctx, node.token, token_layout(CONFIG).const(first))

@@ -70,10 +70,10 @@ static void test_range(const struct stmoe *engine)
     CHECK(stmoe_set_segment(engine, 0, 0, 0, 0, engine->slot_bytes + beat) == STMOE_RANGE);
     CHECK(stmoe_set_segment(engine, 0, 0, (uint64_t)1 << engine->addr_width, 0, beat) ==
           STMOE_RANGE);
+    CHECK(stmoe_set_segment(engine, 0, 0, ((uint64_t)1 << engine->addr_width) - beat, beat, beat) ==
+          STMOE_RANGE);
+    CHECK(stmoe_set_predictors(engine, 1u << (engine->spatial_depth + 2)) == STMOE_RANGE);
     CHECK(sim_bus_errors() == 0);
-    /* What it guards against. */
-    stmoe_write32(SIM_BASE + STMOE_SEGMENT_BEATS_OFFSET(0, 0), engine->slot_bytes / beat + 1);
-    CHECK(sim_bus_errors() == 1);
 }
 
 static void configure(const struct stmoe *engine)
@@ -88,6 +88,7 @@ static void configure(const struct stmoe *engine)
         CHECK(stmoe_set_quota(engine, layer, 1) == STMOE_OK);
     }
     CHECK(stmoe_set_threshold(engine, -400) == STMOE_OK);
+    CHECK(stmoe_set_predictors(engine, (1u << (engine->spatial_depth + 2)) - 1) == STMOE_OK);
     stmoe_set_control(engine, STMOE_PREFETCH | STMOE_LEARN | STMOE_ORDERED);
     CHECK(stmoe_commit(engine, POLLS) == STMOE_OK);
     CHECK(sim_bus_errors() == 0);
@@ -104,6 +105,23 @@ static void test_refused_commit(const struct stmoe *engine)
     CHECK(stmoe_irq_take(engine) == STMOE_IRQ_COMMIT_REFUSED);
     CHECK(!sim_irq());
     CHECK(stmoe_irq_take(engine) == 0);
+}
+
+static void test_segments_that_do_not_fit(const struct stmoe *engine)
+{
+    const uint32_t beat = engine->beat_bytes;
+
+    /* Each part fits a slot, but both together do not. */
+    CHECK(stmoe_set_segment(engine, 0, 1, 1u << 20, beat, engine->slot_bytes) == STMOE_OK);
+    CHECK(stmoe_commit(engine, POLLS) == STMOE_REFUSED);
+    CHECK(stmoe_irq_take(engine) == STMOE_IRQ_COMMIT_REFUSED);
+    /* A layer without anything to load. */
+    for (unsigned part = 0; part < engine->num_segments; part++)
+        CHECK(stmoe_set_segment(engine, 0, part, 0, 0, 0) == STMOE_OK);
+    CHECK(stmoe_commit(engine, POLLS) == STMOE_REFUSED);
+    CHECK(stmoe_irq_take(engine) == STMOE_IRQ_COMMIT_REFUSED);
+    configure(engine);
+    CHECK(stmoe_wait_moved(engine, POLLS) == STMOE_OK);
 }
 
 static void test_traffic(const struct stmoe *engine)
@@ -164,6 +182,7 @@ int driver_test(void)
     test_range(&engine);
     test_refused_commit(&engine);
     configure(&engine);
+    test_segments_that_do_not_fit(&engine);
     test_traffic(&engine);
     test_interrupt_of_an_illegal_route(&engine);
     CHECK(sim_bus_errors() == 0);

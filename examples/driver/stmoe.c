@@ -2,8 +2,8 @@
 #include "stmoe.h"
 
 /* The register map this was written for; a later minor version only adds to it. */
-#define MAJOR 0u
-#define MINOR 1u
+#define MAJOR 1u
+#define MINOR 0u
 
 #define FIELD(value, register_field)                                                              \
     (((value) & STMOE_##register_field##_MASK) >> STMOE_##register_field##_SHIFT)
@@ -45,6 +45,7 @@ enum stmoe_result stmoe_probe(struct stmoe *engine, uintptr_t base)
     engine->num_experts = FIELD(word, CAPABILITY0_NUM_EXPERTS);
     word = get(engine, STMOE_CAPABILITY1_OFFSET);
     engine->top_k = FIELD(word, CAPABILITY1_TOP_K);
+    engine->spatial_depth = FIELD(word, CAPABILITY1_SPATIAL_DEPTH);
     word = get(engine, STMOE_CAPABILITY2_OFFSET);
     engine->num_slots = FIELD(word, CAPABILITY2_NUM_SLOTS);
     word = get(engine, STMOE_CAPABILITY3_OFFSET);
@@ -69,12 +70,15 @@ enum stmoe_result stmoe_set_segment(const struct stmoe *engine, unsigned layer, 
         return STMOE_RANGE;
     if (address >> engine->addr_width || bytes > engine->slot_bytes)
         return STMOE_RANGE;
+    /* The last expert too; the engine does not look at that. */
+    if (bytes != 0 &&
+        (address + (uint64_t)stride * (engine->num_experts - 1) + bytes - 1) >> engine->addr_width)
+        return STMOE_RANGE;
     if (((uint32_t)address | stride | bytes) & (engine->beat_bytes - 1))
         return STMOE_RANGE;
     put(engine, STMOE_SEGMENT_BASE_LOW_OFFSET(layer, segment), (uint32_t)address);
     put(engine, STMOE_SEGMENT_BASE_HIGH_OFFSET(layer, segment), (uint32_t)(address >> 32));
     put(engine, STMOE_SEGMENT_STRIDE_OFFSET(layer, segment), stride);
-    /* This one hands all four over. */
     put(engine, STMOE_SEGMENT_BEATS_OFFSET(layer, segment), bytes / engine->beat_bytes);
     return STMOE_OK;
 }
@@ -108,6 +112,20 @@ enum stmoe_result stmoe_commit(const struct stmoe *engine, uint32_t polls)
     if (get(engine, STMOE_STATUS_OFFSET) & STMOE_STATUS_COMMIT_REFUSED_MASK)
         return STMOE_REFUSED;
     return wait_status(engine, STMOE_STATUS_COMMIT_PENDING_MASK, 0, polls);
+}
+
+enum stmoe_result stmoe_wait_moved(const struct stmoe *engine, uint32_t polls)
+{
+    return wait_status(engine,
+                       STMOE_STATUS_COMMIT_PENDING_MASK | STMOE_STATUS_OLD_SEGMENTS_MASK, 0, polls);
+}
+
+enum stmoe_result stmoe_set_predictors(const struct stmoe *engine, uint32_t kinds)
+{
+    if (kinds >> (engine->spatial_depth + 2))
+        return STMOE_RANGE;
+    put(engine, STMOE_PREDICTORS_OFFSET, kinds);
+    return STMOE_OK;
 }
 
 uint32_t stmoe_counter(const struct stmoe *engine, enum stmoe_counter which)

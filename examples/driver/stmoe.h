@@ -39,6 +39,7 @@ struct stmoe {
     uintptr_t base;
     uint32_t version; /* as VERSION has it: major << 16 | minor << 8 | patch */
     unsigned num_layers, num_experts, top_k;
+    unsigned spatial_depth; /* spatial predictors that were built, D */
     unsigned num_slots;
     uint32_t slot_bytes; /* largest expert */
     unsigned beat_bytes; /* one AXI beat: what addresses and sizes are multiples of */
@@ -74,9 +75,9 @@ enum stmoe_result stmoe_probe(struct stmoe *engine, uintptr_t base);
 enum stmoe_result stmoe_wait_ready(const struct stmoe *engine, uint32_t polls);
 
 /* Where part `segment` of a layer's experts lies: `bytes` of expert e at `address` + e * `stride`.
- * Takes effect at once; only while no load of the layer is in progress. 0 bytes: no such part.
- * All three are multiples of `beat_bytes`. The parts of one expert together are for the caller to
- * keep to `slot_bytes`. STMOE_RANGE. */
+ * From the next commit on, which checks that the parts of a layer together are at most `slot_bytes`
+ * and more than nothing; a load under way ends as it began. 0 bytes: no such part. All three are
+ * multiples of `beat_bytes`. STMOE_RANGE. */
 enum stmoe_result stmoe_set_segment(const struct stmoe *engine, unsigned layer, unsigned segment,
                                     uint64_t address, uint32_t stride, uint32_t bytes);
 
@@ -90,10 +91,20 @@ enum stmoe_result stmoe_set_threshold(const struct stmoe *engine, int32_t quarte
 /* Which of enum stmoe_control are on, from the next commit on. */
 void stmoe_set_control(const struct stmoe *engine, uint32_t switches);
 
-/* Makes quotas, threshold and control take effect, all at once. STMOE_REFUSED: the quotas leave
- * fewer than top_k slots; all of them stay as they were in the engine, though not in its shadow
- * registers. STMOE_TIMEOUT: it is still pending. */
+/* Which kinds of predictor are enabled, from the next commit on: bit 0 the bias, bit 1 the temporal
+ * one, bit 1 + d the spatial one of distance d. STMOE_RANGE: one that was not built. */
+enum stmoe_result stmoe_set_predictors(const struct stmoe *engine, uint32_t kinds);
+
+/* Makes segments, quotas, threshold, control and predictors take effect, all at once.
+ * STMOE_REFUSED: the quotas leave fewer than top_k slots, or a layer's parts do not fit its slots or
+ * are nothing; all of them stay as they were in the engine, though not in its shadow registers.
+ * STMOE_TIMEOUT: it is still pending. */
 enum stmoe_result stmoe_commit(const struct stmoe *engine, uint32_t polls);
+
+/* After a commit that moved experts: waits until no load reads from where they were, which is when
+ * that memory may be used for something else. The next commit that moves any waits on the bus
+ * until then. STMOE_TIMEOUT. */
+enum stmoe_result stmoe_wait_moved(const struct stmoe *engine, uint32_t polls);
 
 /* An event counter, modulo 2^32. */
 uint32_t stmoe_counter(const struct stmoe *engine, enum stmoe_counter which);

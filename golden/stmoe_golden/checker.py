@@ -22,7 +22,7 @@ import numpy as np
 from .buffer import Lane, admits, new_buffer, victim
 from .confidence import gate_params, new_gate, note_bad, note_event, note_good, threshold_of
 from .config import FRACTION_BITS, NUM_SEGMENTS, PAGE_BYTES, EngineConfig
-from .predictor import Predictor
+from .predictor import Predictor, params_of
 
 __all__ = ["Checker", "Kind", "Mismatch", "Record", "Segment", "Settings", "burst_plan"]
 
@@ -102,6 +102,49 @@ class Settings:
     ordered: bool = True
     adaptive: bool | None = None
     """Thresholds move; None: as the configuration has it."""
+    predictors: int | None = None
+    """Kinds of predictor that are enabled, as in the register PREDICTORS; None: all."""
+    segments: list[list[Segment]] | None = None
+    """Parts of each layer's experts; None: as before. A load keeps to those of its start."""
+
+    def refusal(self, config: EngineConfig) -> str | None:
+        """Why the engine refuses to commit these; None when it takes them."""
+        limit = 1 << (config.score_bits - 1)
+        if not -limit <= self.threshold < limit:
+            return f"threshold must be {-limit} to {limit - 1} quarters, not {self.threshold}"
+        if len(self.quota) != config.num_layers:
+            return f"quota must have {config.num_layers} numbers, not {len(self.quota)}"
+        for layer, quota in enumerate(self.quota):
+            if not 0 <= quota <= config.num_experts:
+                return f"quota of layer {layer} must be 0 to {config.num_experts}, not {quota}"
+        room = config.num_slots - config.top_k
+        if sum(self.quota) > room:
+            return f"sum of quotas must be at most {room}, not {sum(self.quota)}"
+        if self.segments is None:
+            return None
+        if len(self.segments) != config.num_layers:
+            return f"segments must be of {config.num_layers} layers, not {len(self.segments)}"
+        for layer, segments in enumerate(self.segments):
+            if len(segments) > NUM_SEGMENTS:
+                return f"segments of layer {layer} must be at most {NUM_SEGMENTS}"
+            for number, segment in enumerate(segments):
+                which = f"of segment {number} of layer {layer}"
+                for name, value, bits in (
+                    ("base", segment.base, config.axi_addr_width),
+                    ("stride", segment.stride, 32),
+                ):
+                    if not 0 <= value < 1 << bits or value % config.beat_bytes:
+                        return (
+                            f"{name} {which} must be a multiple of {config.beat_bytes} below "
+                            f"2^{bits}, not {value:#x}"
+                        )
+            beats = [segment.beats for segment in segments]
+            if min(beats, default=0) < 0 or not 1 <= sum(beats) <= config.slot_beats:
+                return (
+                    f"beats of layer {layer}'s segments must be 1 to {config.slot_beats} together, "
+                    f"not {beats}"
+                )
+        return None
 
 
 @dataclass
@@ -156,7 +199,7 @@ class Checker:
     ----------
     config : EngineConfig
     segments : list [L] of list of :class:`Segment`
-        As programmed into the engine.
+        As programmed into the engine, until a commit brings others.
     settings : list of :class:`Settings`
         Those of reset first, then one for each register commit, in order.
     tokens, routes, releases, grants, addresses, last_beats : iterables
@@ -211,9 +254,7 @@ class Checker:
             self.fills = {slot: [] for slot in range(config.num_slots)}
             for cycle, slot in fills:
                 self.fills[slot].append(cycle)
-        self.predictor = Predictor(
-            config, learning=self.active.learning, ordered=self.active.ordered
-        )
+        self.predictor = Predictor(config)
         self.buffer = new_buffer(config)
         self.buffer.quota[:] = self.active.quota
         self.gate = new_gate(config.num_layers)
@@ -241,6 +282,8 @@ class Checker:
         self.token_taken = False
         self.threshold_due = False
         self.gate_due = False
+        self.prefetch_retried = False
+        """Since the last operation a prefetch has started again."""
         self.routed_at = -1
         self.counters = dict.fromkeys(counters, 0)
         self.recent: deque[Record] = deque(maxlen=self.HISTORY)
@@ -298,6 +341,7 @@ class Checker:
         handler(record)
         if record.kind not in BESIDE:
             self.last_operation = record.cycle
+            self.prefetch_retried = False
         if record.kind in (Kind.BURST, Kind.LAST_BEAT):
             self.last_link = record.cycle
         if not (self.queue and self.prefetch_may_start()):
@@ -475,11 +519,12 @@ class Checker:
         """Slots that prefetches hold, loading or draining."""
         return sum(t.prefetch for t in self.transfers.values())
 
-    def prefetch_may_start(self, presented: int = 0) -> bool:
+    def prefetch_may_start(self, presented: int = 0, *, chosen: bool = False) -> bool:
         """The rules of the DMA scheduler and the buffer for one more prefetch.
 
         ``presented``: 1 where the last address of the prefetch before may stand on the bus, which
-        has not taken it yet.
+        has not taken it yet. ``chosen``: it may have been chosen before another prefetch started
+        again, and waited until that had issued its bursts.
         """
         c = self.config
         unissued = sum(
@@ -490,7 +535,7 @@ class Checker:
         return (
             not self.pending
             and unissued <= presented
-            and self.prefetch_owed() < c.prefetch_outstanding
+            and (chosen or self.prefetch_owed() < c.prefetch_outstanding)
             and self.prefetch_held() < c.prefetch_loads
         )
 
@@ -561,6 +606,7 @@ class Checker:
             self.fail(record, f"layer {self.expected_layer} of the token before it is to come")
         self.token_taken, self.expected_layer = True, 0
         self.work.append((0, bool(new_sequence), None))
+        self.sample_predictor()
         self.count("tokens")
         if new_sequence:
             self.count("sequences")
@@ -639,13 +685,15 @@ class Checker:
                 self.grants.append((layer, e, slot, 0))
         self.gate_due = bool(note_event(*gate, idle)) and c.look > 0
         self.work.append(((layer + 1) % c.num_layers, None, np.array(experts)))
-        # `learning` and `ordered` are sampled when the route is taken.
-        self.predictor.params = self.predictor.params._replace(
+        self.sample_predictor()
+
+    def sample_predictor(self) -> None:
+        """A token or route has been taken: the predictor's switches are what they are now."""
+        self.predictor.params = params_of(
+            self.config,
             learning=self.active.learning,
-            gains=np.array(
-                c.gains if self.active.ordered else (1 << FRACTION_BITS,) * c.top_k,
-                dtype=np.int64,
-            ),
+            ordered=self.active.ordered,
+            predictors=self.active.predictors,
         )
 
     def _score_commit(self, record: Record) -> None:
@@ -687,7 +735,7 @@ class Checker:
         if not demand:
             if not self.queue:
                 self.fail(record, "nothing is demanded or selected")
-            if not self.prefetch_may_start(presented=1):
+            if not self.prefetch_may_start(1, chosen=self.prefetch_retried):
                 self.fail(record, "a prefetch may not start now")
         layer = self.latest if demand else self.queue_layer
         expert = (self.pending if demand else self.queue).popleft()
@@ -873,6 +921,7 @@ class Checker:
         t.ended, t.failed, t.issued = None, False, 0
         t.retries += 1
         t.since = t.demanded = record.cycle
+        self.prefetch_retried |= t.prefetch
         if not t.prefetch:
             self.demand_order.remove(t)
             self.demand_order.append(t)
@@ -968,6 +1017,8 @@ class Checker:
             self.fail(record, "no register commit was requested")
         before, self.active = self.active, self.settings.popleft()
         self.buffer.quota[:] = self.active.quota
+        if self.active.segments is not None:
+            self.segments = self.active.segments
         self.gate_params = self.params_of_gate()
         self.threshold_due = self.active.threshold != before.threshold
 

@@ -23,6 +23,7 @@ __all__ = [
     "PredictorState",
     "begin_sequence",
     "clip",
+    "kinds_of",
     "learn",
     "look_ahead",
     "new_state",
@@ -52,6 +53,10 @@ class PredictorParams(NamedTuple):
     gains: np.ndarray
     """int64 [K]: gain of each rank in quarter units."""
     learning: bool
+    kinds: np.ndarray
+    """bool [D + 2]: the kinds of predictor that are enabled, numbered as their tables in the
+    register TABLE_INDEX: bias, temporal, spatial of distance 1 to D. One that is not adds nothing
+    to any score, and its rows neither learn nor change."""
 
 
 class PredictorState(NamedTuple):
@@ -71,10 +76,25 @@ class PredictorState(NamedTuple):
     """int32 [L, K]: the latest set of each layer, in rank order; -1 when there is none."""
 
 
+BIAS, TEMPORAL = 0, 1
+"""Kinds of predictor; a spatial one is TEMPORAL + its distance."""
+
+
+def kinds_of(config: EngineConfig, predictors: int | None = None) -> np.ndarray:
+    """bool [D + 2] of the register PREDICTORS, bit n for kind n; every kind for None."""
+    bits = -1 if predictors is None else predictors
+    return np.array([bits >> kind & 1 for kind in range(config.depth + 2)], np.bool_)
+
+
 def params_of(
-    config: EngineConfig, *, learning: bool = True, ordered: bool = True
+    config: EngineConfig,
+    *,
+    learning: bool = True,
+    ordered: bool = True,
+    predictors: int | None = None,
 ) -> PredictorParams:
-    """Parameters of a configuration; ``ordered`` false makes every rank's gain 4 quarters."""
+    """Parameters of a configuration; ``ordered`` false makes every rank's gain 4 quarters,
+    ``predictors`` is as for :func:`kinds_of`."""
     one = 1 << FRACTION_BITS
     gains = config.gains if ordered else (one,) * config.top_k
     return PredictorParams(
@@ -90,6 +110,7 @@ def params_of(
         margin_high=config.margin_high * one,
         gains=np.array(gains, dtype=np.int64),
         learning=learning,
+        kinds=kinds_of(config, predictors),
     )
 
 
@@ -122,14 +143,15 @@ def begin_sequence(p, s):
     s.history[:] = -1
     for m in range(p.num_layers):
         for e in range(p.num_experts):
-            s.score[m, e] = s.bias[m, e] << 2
+            s.score[m, e] = s.bias[m, e] << 2 if p.kinds[BIAS] else 0
 
 
 @kernel
 def learn(p, s, layer, experts):
     """Grade ``score[layer]`` against the set that was used and correct the rows behind it.
 
-    Every row that had contributed gets the same delta of -3 to 3 per lane, saturating.
+    Every row that had contributed gets the same delta of -3 to 3 per lane, saturating; rows of a
+    kind that is enabled now count as such, whatever was enabled when the score was made.
     """
     used = np.zeros(p.num_experts, np.bool_)
     for expert in experts:
@@ -147,15 +169,16 @@ def learn(p, s, layer, experts):
                 + int(score > p.margin_high)
             )
         if p.learning and delta != 0:
-            s.bias[layer, e] = clip(s.bias[layer, e] + delta, p.bias_max)
+            if p.kinds[BIAS]:
+                s.bias[layer, e] = clip(s.bias[layer, e] + delta, p.bias_max)
             for d in range(1, p.depth + 1):
                 source = (layer - d) % p.num_layers
                 for i in s.history[source]:
-                    if i >= 0:
+                    if i >= 0 and p.kinds[TEMPORAL + d]:
                         row = s.spatial[d - 1, layer, i]
                         row[e] = clip(row[e] + delta, p.weight_max)
             for i in s.history[layer]:
-                if i >= 0:
+                if i >= 0 and p.kinds[TEMPORAL]:
                     row = s.temporal[layer, i]
                     row[e] = clip(row[e] + delta, p.weight_max)
         count = s.use[layer, e]
@@ -173,8 +196,8 @@ USE_MAX = (1 << USE_BITS) - 1
 def reseed(p, s, layer, experts):
     """Start the score of this layer's next visit from its bias and the set just used."""
     for e in range(p.num_experts):
-        total = s.bias[layer, e] << 2
-        for rank in range(p.top_k):
+        total = s.bias[layer, e] << 2 if p.kinds[BIAS] else 0
+        for rank in range(p.top_k if p.kinds[TEMPORAL] else 0):
             total = clip(total + p.gains[rank] * s.temporal[layer, experts[rank], e], p.score_max)
         s.score[layer, e] = total
 
@@ -183,6 +206,8 @@ def reseed(p, s, layer, experts):
 def look_ahead(p, s, layer, experts):
     """Add what this set says of the next D layers; past the last layer is the next token."""
     for d in range(1, p.depth + 1):
+        if not p.kinds[TEMPORAL + d]:
+            continue
         target = (layer + d) % p.num_layers
         for e in range(p.num_experts):
             total = s.score[target, e]
@@ -201,7 +226,11 @@ def remember(s, layer, experts):
 
 @kernel
 def observe(p, s, layer, experts):
-    """Learn, reseed and look ahead for one routing event: all that changes at score commit."""
+    """Learn, reseed and look ahead for one routing event: all that changes at score commit.
+
+    ``learning``, ``gains`` and ``kinds`` are those of when the event was taken; a token's ``kinds``
+    likewise (:func:`begin_sequence`).
+    """
     learn(p, s, layer, experts)
     reseed(p, s, layer, experts)
     look_ahead(p, s, layer, experts)
@@ -248,9 +277,16 @@ def select(score_row, allowed, threshold, limit):
 class Predictor:
     """One context's predictor, driven event by event (the checker's and the benches' oracle)."""
 
-    def __init__(self, config: EngineConfig, *, learning: bool = True, ordered: bool = True):
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        learning: bool = True,
+        ordered: bool = True,
+        predictors: int | None = None,
+    ):
         self.config = config
-        self.params = params_of(config, learning=learning, ordered=ordered)
+        self.params = params_of(config, learning=learning, ordered=ordered, predictors=predictors)
         self.state = new_state(config)
 
     def token(self, new_sequence: bool) -> None:

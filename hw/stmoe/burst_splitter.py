@@ -35,7 +35,9 @@ class BurstSplitter(wiring.Component):
     of them), whichever comes first. Bases and strides are multiples of a beat: their lower bits
     are ignored. A segment is read in whole beats: of one that ends within a beat, software gives
     the beats rounded up, and the bytes behind it come along.
-    A layer's rows may change only while none of its loads has bursts left to issue.
+    There are two sets of segments, and a load keeps to the one that ``bank`` named in the cycle
+    before its start, also when it starts again. Writes go to the other one, which no load that has
+    bursts left to issue may have begun with.
 
     Timing: a load that is started in cycle c with ``start_next`` has its address on the bus in
     cycle c+3 when ``start_layer`` was the same in cycle c-2 already, else in c+4; unless in cycle
@@ -50,7 +52,9 @@ class BurstSplitter(wiring.Component):
     Members
     -------
     segment_write : :py:`In(stream.Signature(segment_write_layout(config)))`
-        Always ready.
+        Always ready. For the set that ``bank`` does not name.
+    bank : :py:`In(1)`
+        The set of segments for loads that are started from the next cycle on.
     start, start_transfer, start_layer, start_expert : :py:`In`
         One cycle: this transfer is a new load of this expert. ``start_layer`` was the same in
         the cycle before, whether anything was started in it or not.
@@ -58,6 +62,8 @@ class BurstSplitter(wiring.Component):
         With ``start``: it is the one that will be wanted in the next cycle.
     start_empty : :py:`Out(1)`
         A register's output: the ``start_layer`` of the cycle before has no beats.
+    start_bank : :py:`Out(1)`
+        The set that a load keeps to that is started in this cycle.
     begin : :py:`In(transfers)`
         Transfers that are at their start: nothing of them has been presented.
     wanted_valid, wanted : :py:`In`
@@ -87,6 +93,8 @@ class BurstSplitter(wiring.Component):
                 "start_expert": In(config.expert_bits),
                 "start_next": In(1),
                 "start_empty": Out(1),
+                "start_bank": Out(1),
+                "bank": In(1),
                 "begin": In(config.transfers),
                 "wanted_valid": In(1),
                 "wanted": In(transfer),
@@ -115,39 +123,39 @@ class BurstSplitter(wiring.Component):
         # and from those to the multiplier. Which rows have beats is in LUT RAM, so that the end of
         # a load is known when its last address is presented, empty rows behind it or not. `left`
         # is one less than the beats.
-        row_bits = config.layer_bits + (NUM_SEGMENTS - 1).bit_length()
         stride_bits = segment_layout(config)["stride"].width - beat_shift
-        depth = NUM_SEGMENTS * config.num_layers
+        # Of both, one set follows the other.
+        layers = 2 << config.layer_bits
         row_layout = data.StructLayout(
             {"base": word_bits, "stride": stride_bits, "left": config.offset_bits}
         )
-        m.submodules.rows = rows = Memory(shape=row_layout, depth=depth, init=[])
+        m.submodules.rows = rows = Memory(shape=row_layout, depth=NUM_SEGMENTS * layers, init=[])
         rows_write = rows.write_port()
         rows_read = rows.read_port()
-        m.submodules.uses = uses = Memory(
-            shape=unsigned(NUM_SEGMENTS), depth=config.num_layers, init=[]
-        )
+        m.submodules.uses = uses = Memory(shape=unsigned(NUM_SEGMENTS), depth=layers, init=[])
         uses_write = uses.write_port(granularity=1)
         uses_read = uses.read_port(domain="comb")
         written = self.segment_write.payload
         m.d.comb += [
             self.segment_write.ready.eq(1),
-            rows_write.addr.eq(Cat(written.segment, written.layer)),
+            rows_write.addr.eq(Cat(written.segment, written.layer, ~self.bank)),
             rows_write.data.base.eq(written.value.base[beat_shift:]),
             rows_write.data.stride.eq(written.value.stride[beat_shift:]),
             rows_write.data.left.eq(written.value.beats - 1),
             rows_write.en.eq(self.segment_write.valid),
-            uses_write.addr.eq(written.layer),
+            uses_write.addr.eq(Cat(written.layer, ~self.bank)),
             uses_write.data.eq((written.value.beats != 0).replicate(NUM_SEGMENTS)),
             uses_write.en.eq(
                 Cat(self.segment_write.valid & (written.segment == i) for i in range(NUM_SEGMENTS))
             ),
-            uses_read.addr.eq(self.start_layer),
+            uses_read.addr.eq(Cat(self.start_layer, self.bank)),
         ]
         # What is started next is known a cycle before, so the table never waits for logic.
         near_layer = Signal(config.layer_bits)
         near_uses = Signal(NUM_SEGMENTS)
+        near_bank = self.start_bank
         m.d.sync += [
+            near_bank.eq(self.bank),
             near_layer.eq(self.start_layer),
             near_uses.eq(uses_read.data),
             self.start_empty.eq(uses_read.data == 0),
@@ -156,7 +164,12 @@ class BurstSplitter(wiring.Component):
         # What each transfer loads, and how far it has come. `fresh`: not begun, so `progress`
         # holds nothing of it. `within`: in the middle of a segment, from `word` on.
         load_layout = data.StructLayout(
-            {"layer": config.layer_bits, "expert": config.expert_bits, "segments": NUM_SEGMENTS}
+            {
+                "layer": config.layer_bits,
+                "bank": 1,
+                "expert": config.expert_bits,
+                "segments": NUM_SEGMENTS,
+            }
         )
         progress_layout = data.StructLayout(
             {
@@ -204,6 +217,7 @@ class BurstSplitter(wiring.Component):
             bypass.eq(self.start & self.start_next & ~look_up & ~(present & self.room)),
             loads_write.addr.eq(self.start_transfer),
             loads_write.data.layer.eq(self.start_layer),
+            loads_write.data.bank.eq(near_bank),
             loads_write.data.expert.eq(self.start_expert),
             loads_write.data.segments.eq(near_uses),
             loads_write.en.eq(self.start),
@@ -214,21 +228,22 @@ class BurstSplitter(wiring.Component):
         # The table is read for the load in hand, or else for one that may start: when it does, its
         # row is on the way already.
         row_layer = Signal(config.layer_bits)
+        row_bank = Signal()
         row_segments = Signal(NUM_SEGMENTS)
         row_segment = Signal(range(NUM_SEGMENTS))
         m.d.comb += [
             row_layer.eq(Mux(look_up, loads_read.data.layer, near_layer)),
+            row_bank.eq(Mux(look_up, loads_read.data.bank, near_bank)),
             row_segments.eq(Mux(look_up, segments, near_uses)),
-            rows_read.addr.eq(Cat(row_segment, row_layer)[:row_bits]),
+            rows_read.addr.eq(Cat(row_segment, row_layer, row_bank)),
         ]
         row = Signal(row_layout)
         row_is_of = Signal(config.layer_bits)  # the row that the table puts out is its first
-        row_is_known, written_before = Signal(), Signal()
+        row_is_known = Signal()
         m.d.sync += [
             row.eq(rows_read.data),
             row_is_of.eq(near_layer),
-            written_before.eq(self.segment_write.valid),
-            row_is_known.eq(~look_up & ~self.segment_write.valid & ~written_before),
+            row_is_known.eq(~look_up & (near_bank == self.bank)),
         ]
         announced = row_is_known & (row_is_of == near_layer)
         for i in reversed(range(NUM_SEGMENTS)):

@@ -143,8 +143,12 @@ class DmaScheduler(wiring.Component):
         A register's output, which rises up to two cycles late and falls in time.
     hold : :py:`In(1)`
         Present no new address from the next cycle on.
-    segment_write : :py:`In(stream.Signature(segment_write_layout(config)))`
-        See :class:`BurstSplitter`.
+    segment_write, bank : :py:`In(stream.Signature(segment_write_layout(config)))`, :py:`In(1)`
+        See :class:`BurstSplitter`: a load keeps to the set of segments of the cycle before it is
+        taken; the other set may be written while ``old_segments`` is low.
+    old_segments : :py:`Out(1)`
+        A load that has not ended keeps to the set that ``bank`` does not name. A register's
+        output, which follows two cycles later.
     axi : :py:`Out(axi4_read_signature(config))`
         ``ar`` and ``r.ready`` are registers' outputs. A burst counts as on its way up to two
         cycles longer than it is.
@@ -177,6 +181,8 @@ class DmaScheduler(wiring.Component):
                 "prefetch_ready": Out(1),
                 "hold": In(1),
                 "segment_write": In(stream.Signature(segment_write_layout(config))),
+                "bank": In(1),
+                "old_segments": Out(1),
                 "axi": Out(axi4_read_signature(config)),
                 "fill": Out(stream.Signature(fill_layout(config))),
                 "record_burst": Out(burst_record_layout(config)),
@@ -212,6 +218,7 @@ class DmaScheduler(wiring.Component):
         given_up = Signal(count)  # by the watchdog
         lost = Signal(count)  # its ID has beats owed that may never come
         unfilled = Signal(count)  # no beat of this pass has come
+        bank = Signal(count)  # set of segments that it keeps to
 
         # Bursts on their way: presented, and last beat not yet taken.
         owed = [Signal(range(config.max_outstanding + 1), name=f"owed_{t}") for t in range(count)]
@@ -227,6 +234,7 @@ class DmaScheduler(wiring.Component):
         m.submodules.splitter = splitter = BurstSplitter(config)
         wiring.connect(m, splitter.segment_write, wiring.flipped(self.segment_write))
         wiring.connect(m, splitter.ar, wiring.flipped(self.axi.ar))
+        m.d.comb += splitter.bank.eq(self.bank)
 
         # Demands in the order in which they became demands. One that has no bursts left, because
         # they are issued, it was cancelled or given up, leaves when it is the first; so long its
@@ -568,6 +576,7 @@ class DmaScheduler(wiring.Component):
             with m.If(next_here[t]):
                 m.d.sync += [
                     unissued[t].eq(issues),
+                    bank[t].eq(splitter.start_bank),
                     demand[t].eq(~load.prefetch),
                     failed[t].eq(self.dead),
                     may_retry[t].eq(~self.dead if retry_limit else 0),
@@ -628,6 +637,7 @@ class DmaScheduler(wiring.Component):
             ),
         ]
         m.d.comb += self.busy.eq(used.any())
+        m.d.sync += self.old_segments.eq((used & (bank ^ all_of(self.bank))).any())
 
         # Records ---
         bus_last = self.axi.r.payload.last

@@ -95,6 +95,10 @@ class Engine(wiring.Component):
         connect(m, dma.fill, flipped(self.fill))
         connect(m, registers.axil, flipped(self.axil))
         connect(m, registers.segment_write, dma.segment_write)
+        m.d.comb += [
+            dma.bank.eq(registers.segment_bank),
+            registers.old_segments.eq(dma.old_segments),
+        ]
 
         connect(m, manager.predictor_token, predictor.token)
         connect(m, manager.predictor_route, predictor.route)
@@ -111,6 +115,7 @@ class Engine(wiring.Component):
             predictor.threshold.eq(manager.select_threshold),
             predictor.learning.eq(registers.learning),
             predictor.ordered.eq(registers.ordered),
+            predictor.kinds.eq(registers.kinds),
             predictor.prefetching.eq(registers.prefetching),
             predictor.read_index.eq(registers.read_index),
             predictor.read_request.eq(registers.read_request),

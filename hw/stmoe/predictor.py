@@ -124,8 +124,9 @@ class Predictor(wiring.Component):
     corrected (which is later only where K > 5 + ceil(log2(E))); the others follow every second
     cycle.
 
-    ``learning`` and ``ordered`` are sampled when a route is taken; ``threshold``,
-    ``prefetching`` and ``absent`` three cycles after ``commit_grant`` (five for a new sequence).
+    ``learning``, ``ordered`` and ``kinds`` are sampled when a route or token is taken;
+    ``threshold``, ``prefetching`` and ``absent`` three cycles after ``commit_grant`` (five for a
+    new sequence).
     ``token`` goes first when both streams are valid at once. Layers must come strictly in order,
     from layer 0 after each token; ``route.layer`` is not looked at.
 
@@ -154,6 +155,9 @@ class Predictor(wiring.Component):
         Lowest score that is picked, quarter units.
     learning, ordered, prefetching : In
         Rows learn; sets are in rank order; picks are made.
+    kinds : In
+        Kinds of predictor that are enabled, by the number of their table in
+        :func:`.table_index_layout`. One that is not adds nothing to scores, and its rows stay.
     read_index, read_request : In
         A weight that is wanted, stable until ``read_valid`` (:class:`.TableReader`).
     read_valid, read_value : Out
@@ -184,6 +188,7 @@ class Predictor(wiring.Component):
                 "learning": In(1),
                 "ordered": In(1),
                 "prefetching": In(1),
+                "kinds": In(c.depth + 2),
                 "read_index": In(table_index_layout(c)),
                 "read_request": In(1),
                 "read_valid": Out(1),
@@ -233,6 +238,7 @@ class Predictor(wiring.Component):
         set_ = Signal(data.ArrayLayout(unsigned(eb), top_k))
         used = Signal(experts)
         learning, ordered = Signal(), Signal()
+        kinds = Signal(depth + 2)
         m.d.sync += used.eq(Cat(Cat(lane == e for lane in set_).any() for e in range(experts)))
 
         # target[d] is layer l+d. They stand before the route comes: layers keep their order.
@@ -255,9 +261,7 @@ class Predictor(wiring.Component):
                         with m.Case(n):
                             m.d.comb += [look_rank.eq(r), first.eq(is_first), add.eq(is_add)]
                 m.d.comb += last_step.eq(step == len(schedule) - 1)
-        # Straight from a register to all lanes of all sums.
-        clear_sums = Signal()
-        m.d.sync += [fresh.eq(taken & ~self.token.valid), clear_sums.eq(taken)]
+        m.d.sync += fresh.eq(taken & ~self.token.valid)
         with m.If(taken & ~self.token.valid):
             m.d.sync += look_pass.eq(1)
         with m.If(look_pass):
@@ -286,12 +290,15 @@ class Predictor(wiring.Component):
         for d, (table, row_sum) in enumerate(zip(tables, sums, strict=True)):
             learn_lane = Signal(eb, name=f"learn_lane_{d}")
             lane = Signal(eb, name=f"lane_{d}")
+            # Straight from a register to all lanes of the sum; that of a disabled kind stays 0.
+            clear_sum = Signal(name=f"clear_sum_{d}")
+            m.d.sync += clear_sum.eq(taken | ~kinds[1 + d])
             row_layer = Signal(c.layer_bits, name=f"row_layer_{d}")
             m.d.comb += [
                 learn_lane.eq(Array(others[d][r] for r in range(top_k))[rank]),
                 table.row.eq(Cat(lane, row_layer)),
                 table.delta.eq(learner.delta),
-                row_sum.clear.eq(clear_sums),
+                row_sum.clear.eq(clear_sum),
             ]
             m.d.sync += [
                 # Between events it is the row that software reads.
@@ -321,9 +328,9 @@ class Predictor(wiring.Component):
                     row_sum.load.eq(loads[5]),
                     row_sum.add.eq(adds[6]),
                 ]
-            m.d.sync += table.learn.eq(corrected & known[d] & learning)
+            m.d.sync += table.learn.eq(corrected & known[d] & learning & kinds[1 + d])
         m.d.comb += [
-            bias.learn.eq(freshly[2] & learning),
+            bias.learn.eq(freshly[2] & learning & kinds[0]),
             bias.delta.eq(learner.delta),
             learner.enable.eq(freshly[1]),
             learner.score.eq(scores.score),
@@ -339,7 +346,11 @@ class Predictor(wiring.Component):
             reader.request.eq(self.read_request),
             reader.pause.eq(idle & ~taken),
             reader.clear_done.eq(clear_done),
-            *(bank.blank.eq(reader.blank) for bank in banks),
+            bias.blank.eq(reader.blank_bias),
+            *(table.blank.eq(reader.blank) for table in tables),
+            # The bias, whose weights go into the score as they are, is 0 for an event when it is
+            # disabled; not between events, when software reads it.
+            reader.mute_bias.eq(~idle & ~kinds[0]),
             self.read_valid.eq(reader.valid),
             self.read_value.eq(reader.value),
         ]
@@ -454,6 +465,7 @@ class Predictor(wiring.Component):
                     *(set_[r].eq(route.experts[r]) for r in range(top_k)),
                     learning.eq(self.learning),
                     ordered.eq(self.ordered),
+                    kinds.eq(self.kinds),
                     rank.eq(0),
                     step.eq(0),
                     others_turn.eq(-1),

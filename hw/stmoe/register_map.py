@@ -45,7 +45,7 @@ __all__ = [
 IDENTITY = int.from_bytes(b"STMO", "big")
 """What IDENTITY reads: ASCII 'STMO', 'S' in the most significant byte."""
 
-VERSION = (0, 2, 0)
+VERSION = (1, 0, 0)
 """Version of the register map: major (incompatible), minor (additions), patch."""
 
 WORD_BYTES = 4
@@ -274,8 +274,6 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
         Dimension("layer", config.num_layers, NUM_SEGMENTS * 16, MAX_LAYERS),
         Dimension("segment", NUM_SEGMENTS, 16, NUM_SEGMENTS),
     )
-    high_bits = config.axi_addr_width - 32
-    align = (config.beat_bytes - 1).bit_length()
     causes = (
         ("error", "a load was given up after the last retry"),
         ("watchdog", "a load was given up by the watchdog"),
@@ -402,16 +400,17 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
                     0,
                     1,
                     w1,
-                    "check CONTROL, THRESHOLD and QUOTA, and have the engine take them over "
-                    "all at once",
+                    "check the shadow registers, and have the engine take them over all at once",
                 ),
             ),
-            "Makes the shadow registers take effect, or refuses all of them: sum of QUOTA + "
-            "top_k must be at most num_slots, no QUOTA more than num_experts, and THRESHOLD in "
-            "range. The write is answered when the check is done, so STATUS read next says "
-            "whether the set was refused. While a commit is pending, writes to CONTROL, "
-            "THRESHOLD, QUOTA and COMMIT wait on the bus until it has taken effect; all other "
-            "accesses go on, unless they are queued behind such a write.",
+            "Makes the shadow registers (CONTROL, THRESHOLD, PREDICTORS, QUOTA and SEGMENT_*) take "
+            "effect, or refuses all of them: sum of QUOTA + top_k must be at most num_slots, no "
+            "QUOTA more than num_experts, THRESHOLD in range, and segments as SEGMENT_BASE_LOW "
+            "says. The write is answered when the check is done, so STATUS read next says whether "
+            "the set was refused. While a commit is pending, writes to these registers and to "
+            "COMMIT wait on the bus until it has taken effect, and a COMMIT of other segments "
+            "until STATUS.old_segments is 0; all other accesses go on, unless they are queued "
+            "behind such a write.",
         ),
         Register(
             "STATUS",
@@ -423,6 +422,14 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
                 Field("commit_refused", 1, 1, w1c, "a commit was refused since last cleared"),
                 Field("initialised", 2, 1, ro, "the tables have been cleared after reset"),
                 Field("busy", 3, 1, ro, "the engine has work in progress"),
+                Field(
+                    "old_segments",
+                    4,
+                    1,
+                    ro,
+                    "a load under way still reads where the segments said that the last commit "
+                    "replaced: leave that memory as it is",
+                ),
             ),
             "State of the engine.",
         ),
@@ -444,6 +451,25 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
                 for i, (name, _) in enumerate(causes)
             ),
             "Causes that raise `irq`, a level: high while any enabled cause is set.",
+        ),
+        Register(
+            "PREDICTORS",
+            0x03C,
+            rw,
+            (1 << (config.depth + 2)) - 1,
+            (
+                Field("bias", 0, 1, rw, "each expert's own frequency: table 0"),
+                Field("temporal", 1, 1, rw, "the layer's token before: table 1"),
+                *(
+                    Field(f"spatial_{d}", 1 + d, 1, rw, f"the layer {d} before: table {1 + d}")
+                    for d in range(1, config.depth + 1)
+                ),
+            ),
+            "Kinds of predictor that are enabled, one bit for each table of TABLE_INDEX (shadow: "
+            "takes effect at a commit, from the next token or routing event on). A disabled kind "
+            "adds nothing to scores and does not learn: its weights stay until it is enabled "
+            "again. What scores already hold stays in them until they start anew, at their "
+            "layer's next routing event.",
         ),
         Register(
             "CYCLE_LOW",
@@ -533,15 +559,19 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
             (
                 Field(
                     "base",
-                    align,
-                    32 - align,
+                    0,
+                    32,
                     wo,
-                    "byte address of expert 0, low bits, in place: the bits below are 0",
+                    f"byte address of expert 0, low bits: a multiple of {config.beat_bytes}, the "
+                    "bytes of an AXI beat",
                 ),
             ),
-            "Where a part of a layer's experts lies: expert e at base + e * stride. The words "
-            "BASE_LOW, BASE_HIGH and STRIDE are staged in one place for all segments: write "
-            "them, then BEATS of the segment that is meant.",
+            "Where a part of a layer's experts lies: expert e at base + e * stride, which is for "
+            "software to keep within the address space (shadow: takes effect at a commit). All "
+            "words are 0 after reset, and a part of 0 beats is unused; a commit is refused when "
+            "any word of any part is out of range, or when a layer has no beats at all, unless "
+            "no SEGMENT register was written since the last that was not. A load under way keeps "
+            "to the segments that were active when it began.",
             layers_and_segments,
         ),
         Register(
@@ -549,10 +579,16 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
             0x4004,
             wo,
             0,
-            (Field("base", 0, high_bits, wo, "byte address of expert 0, high bits"),)
-            if high_bits
-            else (),
-            "Staged like SEGMENT_BASE_LOW.",
+            (
+                Field(
+                    "base",
+                    0,
+                    32,
+                    wo,
+                    f"byte address of expert 0, high bits: below {1 << config.axi_addr_width - 32}",
+                ),
+            ),
+            "See SEGMENT_BASE_LOW.",
             layers_and_segments,
         ),
         Register(
@@ -563,13 +599,14 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
             (
                 Field(
                     "stride",
-                    align,
-                    32 - align,
+                    0,
+                    32,
                     wo,
-                    "bytes from one expert to the next, in place: the bits below are 0",
+                    "bytes from one expert to the next: a multiple of "
+                    f"{config.beat_bytes}, the bytes of an AXI beat",
                 ),
             ),
-            "Staged like SEGMENT_BASE_LOW.",
+            "See SEGMENT_BASE_LOW.",
             layers_and_segments,
         ),
         Register(
@@ -584,13 +621,11 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
                     32,
                     wo,
                     f"AXI beats of {config.beat_bytes} bytes in this part, its bytes rounded up; "
-                    "0: the part is unused",
+                    "0: the part is unused. Those of a layer's parts together are 1 to the beats "
+                    f"of a slot ({config.slot_beats})",
                 ),
             ),
-            "Writing it sends the four staged words to the engine, at once and without a "
-            f"commit. More beats than a slot holds ({config.slot_beats}) answer SLVERR and change "
-            "nothing; that the four parts of a layer fit together is for software to see to. "
-            "Change segments only while no load of the layer is in progress.",
+            "See SEGMENT_BASE_LOW.",
             layers_and_segments,
         ),
     )
@@ -656,10 +691,10 @@ def markdown(config: EngineConfig) -> str:
         "| W1C | sticky; writing 1 clears it, an event in the same cycle wins |",
         "| W1 | writing 1 triggers an action; reads 0 |",
         "",
-        "To configure: write CONTROL, THRESHOLD and QUOTA, write 1 to COMMIT, read STATUS. "
-        "commit_refused: the set was illegal and nothing has changed. Else commit_pending "
-        "falls when the engine has taken over all of it, in one cycle. Segments are written "
-        "before the first token.",
+        "To configure: write CONTROL, THRESHOLD, PREDICTORS, QUOTA and SEGMENT_*, as far as they "
+        "change, write 1 to COMMIT, read STATUS. commit_refused: the set was illegal and nothing "
+        "has changed. Else commit_pending falls when the engine has taken over all of it, in one "
+        "cycle. Segments are committed before the first token.",
         "",
         "## Map",
         "",

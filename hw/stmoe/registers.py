@@ -11,7 +11,7 @@ from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigne
 from amaranth.lib import data, enum, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from stmoe_golden.config import EngineConfig
+from stmoe_golden.config import NUM_SEGMENTS, EngineConfig
 
 from .payloads import CYCLE_BITS, axi4_lite_signature, segment_write_layout
 from .register_map import (
@@ -30,8 +30,14 @@ __all__ = ["CounterBank", "Registers"]
 OKAY, SLVERR = 0, 2
 """AXI responses that are given."""
 
-SHADOW = ("CONTROL", "THRESHOLD", "QUOTA", "COMMIT")
-"""Registers that a pending commit keeps as they are."""
+SHADOW = ("CONTROL", "THRESHOLD", "PREDICTORS", "QUOTA", "SEGMENT", "COMMIT")
+"""Registers that a pending commit keeps as they are; SEGMENT is all of SEGMENT_*."""
+
+SEGMENT_WORDS = 4
+"""Registers of one segment: BASE_LOW, BASE_HIGH, STRIDE, BEATS."""
+
+LAYER_WORDS = SEGMENT_WORDS * NUM_SEGMENTS
+"""Of all segments of a layer; one address follows the other."""
 
 
 def _small_counter(bits: int) -> tuple[list[int], tuple[int, ...]]:
@@ -48,6 +54,11 @@ def _small_counter(bits: int) -> tuple[list[int], tuple[int, ...]]:
         if state == 0:
             return states, taps
         states.append(state)
+
+
+def _bits(count: int) -> int:
+    """Bits of an index below ``count``, a power of two."""
+    return (count - 1).bit_length()
 
 
 class CounterBank(wiring.Component):
@@ -175,7 +186,7 @@ class _State(enum.Enum, shape=3):
     """What the one access in progress is doing."""
 
     RESET = 0
-    """After reset: the shadow quotas are set, one a cycle."""
+    """After reset: the shadow quotas and segments are set, a word a cycle."""
     IDLE = 1
     """An access is chosen."""
     DECODE = 2
@@ -187,7 +198,7 @@ class _State(enum.Enum, shape=3):
     FINISH = 5
     """The address (and data) channel is taken, a write takes effect, the answer is given."""
     CHECK = 6
-    """A commit: the quotas are added up, one a cycle."""
+    """A commit: quotas and segments are walked through, a word a cycle."""
 
 
 class Registers(wiring.Component):
@@ -195,15 +206,18 @@ class Registers(wiring.Component):
 
     One access at a time, reads and writes in turn when both wait; from its address to its answer
     a read takes 4 cycles, a write 5, a counter's read up to ``len(COUNTERS)`` more, a weight's as
-    long as the predictor takes (``TABLE_PATIENCE`` at most), a COMMIT ``num_layers + 2`` more; the
-    first after reset waits ``num_layers`` cycles. AW and W are taken
-    together, when the write takes effect. Both wait while a commit is pending if the write is to a
-    shadow register or to COMMIT; reads and other writes go on.
+    long as the predictor takes (``TABLE_PATIENCE`` at most), a COMMIT ``16 * num_layers + 2`` more;
+    the first after reset waits ``16 * num_layers`` cycles. AW and W are taken together, when the
+    write takes effect. Both wait while a commit is pending if the write is to a shadow register or
+    to COMMIT; reads and other writes go on.
 
     **Commit.** ``commit_request`` rises only after the check of the shadow registers and stays
     until ``commit_grant``. In the cycle of the grant ``committed`` is high; from the next cycle
     on all active values are the shadow values. The shadow quotas lie in LUT RAM; the check, which
-    reads them all, lays them beside the active ones, so that these change in one cycle.
+    reads them all, lays them beside the active ones, so that these change in one cycle. The shadow
+    segments lie in block RAM, and the check writes them to the set that is not active, which the
+    grant makes active. Without a write to SEGMENT_* since the last grant they are not looked at and
+    the sets do not change; with one, a COMMIT waits as long as ``old_segments`` is high.
 
     Parameters
     ----------
@@ -218,6 +232,8 @@ class Registers(wiring.Component):
         The bus.
     prefetching, learning, ordered, adaptive : :py:`Out(1)`
         Active switches.
+    kinds : :py:`Out(depth + 2)`
+        Active kinds of predictor, as PREDICTORS.
     threshold : :py:`Out(signed(score_bits))`
         Active threshold, quarter units.
     quota : :py:`Out(ArrayLayout(unsigned(quota_bits(config)), num_layers))`
@@ -231,7 +247,13 @@ class Registers(wiring.Component):
     threshold_changed : :py:`Out(1)`
         With ``committed``: the threshold will be another from the next cycle on.
     segment_write : :py:`Out(stream.Signature(segment_write_layout(config)))`
-        New address segments.
+        Every segment, layer by layer, for the set that ``segment_bank`` does not name: all of them
+        have been handed over when ``commit_request`` rises.
+    segment_bank : :py:`Out(1)`
+        The active set of segments.
+    old_segments : :py:`In(1)`
+        The other set is still in use. May be wrong in the first cycle after ``segment_bank``
+        changed, when STATUS says so in any case.
     read_index, read_request : Out
         The weight that TABLE_VALUE wants; stable until ``read_valid``, or until it gives up.
     read_valid, read_value : In
@@ -267,6 +289,7 @@ class Registers(wiring.Component):
                 "learning": Out(1, init=1),
                 "ordered": Out(1, init=1),
                 "adaptive": Out(1, init=int(config.adaptive)),
+                "kinds": Out(config.depth + 2, init=self.map["PREDICTORS"].reset),
                 "threshold": Out(score, init=threshold_reset(config)),
                 "quota": Out(
                     data.ArrayLayout(unsigned(quota_bits(config)), config.num_layers),
@@ -277,6 +300,8 @@ class Registers(wiring.Component):
                 "committed": Out(1),
                 "threshold_changed": Out(1),
                 "segment_write": Out(stream.Signature(segment_write_layout(config))),
+                "segment_bank": Out(1),
+                "old_segments": In(1),
                 "read_index": Out(table_index_layout(config)),
                 "read_request": Out(1),
                 "read_valid": In(1),
@@ -312,12 +337,18 @@ class Registers(wiring.Component):
         index: dict[str, list[Value]] = {}
         write: dict[str, Signal] = {}  # a legal write to it is in FINISH
         legal = Signal()
-        for name, register in table.items():
+        # The registers of a segment are decoded as one array of words.
+        decoded = {n: r for n, r in table.items() if not n.startswith("SEGMENT_")}
+        decoded["SEGMENT"] = table["SEGMENT_BASE_LOW"]
+        for name, register in decoded.items():
             index[name] = [
                 address[(d.stride // 4).bit_length() - 1 :][: (d.room - 1).bit_length()]
                 for d in register.dims
             ]
-            exists = address.matches(register.pattern(len(address)))
+            pattern = register.pattern(len(address))
+            if name == "SEGMENT":
+                pattern = pattern[: -_bits(SEGMENT_WORDS)] + "-" * _bits(SEGMENT_WORDS)
+            exists = address.matches(pattern)
             for d, i in zip(register.dims, index[name], strict=True):
                 if d.count < d.room:
                     exists &= i < d.count
@@ -341,6 +372,7 @@ class Registers(wiring.Component):
 
         # Registers that are no array, as the table says ---------------------------------------
 
+        moved = Signal()  # the sets of segments have just changed places
         threshold_bad = Signal()
         refused = Signal()
         cycle_high = Signal(CYCLE_BITS - 32)
@@ -348,6 +380,7 @@ class Registers(wiring.Component):
             ("STATUS", "commit_pending"): self.commit_request,
             ("STATUS", "initialised"): self.initialised,
             ("STATUS", "busy"): self.busy,
+            ("STATUS", "old_segments"): self.old_segments | moved,
             ("CYCLE_LOW", "cycle"): self.cycle[:32],
             ("CYCLE_HIGH", "cycle"): cycle_high,
             ("TABLE_VALUE", "weight"): self.read_value,
@@ -403,7 +436,10 @@ class Registers(wiring.Component):
             shape=range(no_quota + 1), depth=config.num_layers, init=[]
         )
         quota_write, quota_read = shadow_quota.write_port(), shadow_quota.read_port(domain="comb")
-        scan = Signal(range(config.num_layers + 2))  # the layer that an access means, else a walk
+        # The word of a layer's segments that an access means, or a walk through all of them; the
+        # upper bits are the layer.
+        place = Signal(range(LAYER_WORDS * (config.num_layers + 1)))
+        scan = place[_bits(LAYER_WORDS) :]
         m.d.comb += [
             quota_read.addr.eq(scan),
             quota_write.addr.eq(scan),
@@ -417,34 +453,28 @@ class Registers(wiring.Component):
             quota_write.en.eq((state == _State.RESET) | write["QUOTA"]),
         ]
 
-        stage = self.segment_write.payload
-        base_low, base_high = stage.value.base[:32], stage.value.base[32:]
-        kept = [name for name in table if name.startswith("SEGMENT_")]
-        for name, part in (
-            ("SEGMENT_BASE_LOW", base_low),
-            ("SEGMENT_BASE_HIGH", base_high),
-            ("SEGMENT_STRIDE", stage.value.stride),
-        ):
-            for field in table[name].fields:
-                store(part[field.lsb : field.lsb + field.width], field.lsb, write[name])
-        beats_bad = Signal()
-        m.d.comb += beats_bad.eq(hit["SEGMENT_BEATS"] & (word > config.slot_beats))
-        with m.If(self.segment_write.ready):
-            m.d.sync += self.segment_write.valid.eq(0)
-        with m.If(write["SEGMENT_BEATS"] & ~beats_bad & strobes.any()):
-            layer, part = index["SEGMENT_BEATS"]
-            m.d.sync += [
-                stage.layer.eq(layer),
-                stage.segment.eq(part),
-                stage.value.beats.eq(word),
-                self.segment_write.valid.eq(1),
-            ]
+        m.submodules.shadow_segments = shadow_segments = memory.Memory(
+            shape=unsigned(32), depth=LAYER_WORDS * config.num_layers, init=[]
+        )
+        segments_write = shadow_segments.write_port(granularity=8)
+        segments_read = shadow_segments.read_port()
+        segments_changed = Signal()  # since the last commit that took effect
+        walks = Signal()  # a word of the walk is read
+        m.d.comb += [
+            segments_write.addr.eq(place),
+            segments_write.data.eq(word),  # 0 after reset
+            segments_write.en.eq(
+                (state == _State.RESET).replicate(4) | (strobes & write["SEGMENT"].replicate(4))
+            ),
+            segments_read.addr.eq(place),
+            segments_read.en.eq(walks),
+        ]
+        with m.If(write["SEGMENT"] & strobes.any()):
+            m.d.sync += segments_changed.eq(1)
 
         m.d.comb += counters.index.eq(index["COUNTER"][0])
         shown["COUNTER"] = counters.value
         shown["QUOTA"] = quota_read.data
-        # Write only, but a write may keep some of its bytes.
-        shown["SEGMENT_BEATS"] = stage.value.beats
 
         # The tables ----------------------------------------------------------------------------
 
@@ -470,13 +500,17 @@ class Registers(wiring.Component):
         held = Signal()
         m.d.comb += held.eq(
             writing
-            & ((any_hit(SHADOW) & self.commit_request) | (any_hit(kept) & self.segment_write.valid))
+            & (
+                (any_hit(SHADOW) & self.commit_request)
+                | (hit["COMMIT"] & segments_changed & self.old_segments)
+            )
         )
         # K and the quotas so far; cannot overflow, as no shadow quota exceeds no_quota.
         most = config.top_k + config.num_layers * no_quota
         total = Signal(range(max(most, config.num_slots + 1) + 1))
         addend = Signal(range(no_quota + 1))
-        quota_bad = Signal()
+        quota_bad, segment_bad = Signal(), Signal()
+        stage = self.segment_write
         next_quota = Signal.like(self.quota)
         answer_write, answer_read = Signal(), Signal()
         want_write = axil.aw.valid & axil.w.valid & ~axil.b.valid
@@ -487,8 +521,8 @@ class Registers(wiring.Component):
         m.d.sync += fetched.eq(state == _State.FETCH)
         with m.Switch(state):
             with m.Case(_State.RESET):
-                m.d.sync += scan.eq(scan + 1)
-                with m.If(scan == config.num_layers - 1):
+                m.d.sync += place.eq(place + 1)
+                with m.If(place == LAYER_WORDS * config.num_layers - 1):
                     m.d.sync += state.eq(_State.IDLE)
             with m.Case(_State.IDLE):
                 # In turn when both wait; a write that is held has had its turn.
@@ -500,7 +534,12 @@ class Registers(wiring.Component):
                 with m.If(want_write | want_read):
                     m.d.sync += state.eq(_State.DECODE)
             with m.Case(_State.DECODE):
-                m.d.sync += [scan.eq(index["QUOTA"][0]), state.eq(_State.FETCH)]
+                # Segments have the upper half of the addresses to themselves.
+                layer = Mux(address[-1], index["SEGMENT"][0], index["QUOTA"][0])
+                m.d.sync += [
+                    place.eq(Cat(address[: _bits(LAYER_WORDS)], layer)),
+                    state.eq(_State.FETCH),
+                ]
             with m.Case(_State.FETCH):
                 constant_hit = any_hit(constants)
                 m.d.sync += [
@@ -511,8 +550,10 @@ class Registers(wiring.Component):
                     legal.eq(
                         Mux(
                             writing,
-                            any_hit(n for n in table if table[n].writable),
-                            any_hit(n for n in table if table[n].readable and n != "TABLE_VALUE")
+                            any_hit(n for n in decoded if decoded[n].writable),
+                            any_hit(
+                                n for n in decoded if decoded[n].readable and n != "TABLE_VALUE"
+                            )
                             | (hit["TABLE_VALUE"] & weight_exists & self.read_valid),
                         )
                     ),
@@ -540,32 +581,47 @@ class Registers(wiring.Component):
                 with m.If(write["COMMIT"] & strobes[0] & data_in[0]):
                     m.d.comb += answer_write.eq(0)
                     m.d.sync += state.eq(_State.CHECK)
-                m.d.sync += [scan.eq(0), total.eq(config.top_k), quota_bad.eq(0)]
+                m.d.sync += [
+                    place.eq(0),
+                    total.eq(config.top_k),
+                    quota_bad.eq(0),
+                    segment_bad.eq(0),
+                ]
                 with m.If(~writing & hit["TABLE_VALUE"] & legal):
                     m.d.sync += wanted["lane"].eq(
                         Mux(wanted["lane"] == config.num_experts - 1, 0, wanted["lane"] + 1)
                     )
             with m.Case(_State.CHECK):
-                m.d.sync += [scan.eq(scan + 1), addend.eq(quota_read.data)]
-                with m.If(scan < config.num_layers):
-                    # The first layer's comes first, and is at the end when all have come.
-                    m.d.sync += [
-                        next_quota.as_value().eq(
-                            Cat(next_quota.as_value()[quota_bits(config) :], quota_read.data)[
-                                : len(next_quota.as_value())
+                m.d.comb += walks.eq(~stage.valid | stage.ready)
+                with m.If(walks):
+                    m.d.sync += place.eq(place + 1)
+                    with m.If(~place[: _bits(LAYER_WORDS)].any()):
+                        m.d.sync += addend.eq(quota_read.data)
+                        with m.If(scan != config.num_layers):
+                            # The first layer's comes first, and is at the end when all have come.
+                            m.d.sync += [
+                                next_quota.as_value().eq(
+                                    Cat(
+                                        next_quota.as_value()[quota_bits(config) :],
+                                        quota_read.data,
+                                    )[: len(next_quota.as_value())]
+                                )
                             ]
-                        )
-                    ]
-                with m.If(scan == config.num_layers + 1):
-                    m.d.comb += [
-                        answer_write.eq(1),
-                        refused.eq(quota_bad | threshold_bad | (total > config.num_slots)),
-                    ]
-                    m.d.sync += [state.eq(_State.IDLE), self.commit_request.eq(~refused)]
-                with m.Elif(scan != 0):
-                    m.d.sync += total.eq(total + addend)
-                    with m.If(addend == no_quota):
-                        m.d.sync += quota_bad.eq(1)
+                    with m.If(place[: _bits(LAYER_WORDS)] == 1):
+                        m.d.sync += total.eq(total + addend)
+                        with m.If(addend == no_quota):
+                            m.d.sync += quota_bad.eq(1)
+                    with m.If(place == LAYER_WORDS * config.num_layers + 1):
+                        m.d.comb += [
+                            answer_write.eq(1),
+                            refused.eq(
+                                quota_bad
+                                | threshold_bad
+                                | (total > config.num_slots)
+                                | (segment_bad & segments_changed)
+                            ),
+                        ]
+                        m.d.sync += [state.eq(_State.IDLE), self.commit_request.eq(~refused)]
 
         with m.If(axil.b.ready):
             m.d.sync += axil.b.valid.eq(0)
@@ -573,7 +629,7 @@ class Registers(wiring.Component):
             # A commit is answered OKAY also when it is refused.
             m.d.sync += [
                 axil.b.valid.eq(1),
-                axil.b.payload.eq(Mux(legal & ~beats_bad, OKAY, SLVERR)),
+                axil.b.payload.eq(Mux(legal, OKAY, SLVERR)),
             ]
         with m.If(axil.r.ready):
             m.d.sync += axil.r.valid.eq(0)
@@ -583,6 +639,62 @@ class Registers(wiring.Component):
                 axil.r.payload.data.eq(Mux(legal, word, 0)),
                 axil.r.payload.resp.eq(Mux(legal, OKAY, SLVERR)),
             ]
+
+        # The walk of a commit through the segments: a word is here in the cycle after it was read,
+        # `place` being the one behind it. The last word of a segment sends it.
+        found = segments_read.data
+        here = Signal()  # `found` is a word of this walk
+        word_index = (place - 1)[: _bits(SEGMENT_WORDS)]
+        ends_layer = ~place[: _bits(LAYER_WORDS)].any()
+        row = stage.payload
+        align = (config.beat_bytes - 1).bit_length()
+        high_bits = config.axi_addr_width - 32
+        beats = found[: config.offset_bits]
+        # What a layer's beats leave of a slot, from all ones down: a carry says that they do not
+        # fit.
+        most_beats = (1 << config.offset_bits) - 1
+        layer_beats = Signal(config.offset_bits)
+        sum_beats = Signal(config.offset_bits + 1)
+        layer_used = Signal()
+        m.d.comb += sum_beats.eq(layer_beats + beats)
+        with m.If(stage.ready):
+            m.d.sync += stage.valid.eq(0)
+        with m.If(walks):
+            m.d.sync += here.eq(1)
+        with m.If(state == _State.FINISH):
+            m.d.sync += here.eq(0)
+        with m.If(walks & here):
+            with m.Switch(word_index):
+                with m.Case(0):
+                    m.d.sync += [
+                        row.layer.eq(scan),
+                        row.segment.eq(place[_bits(SEGMENT_WORDS) :]),
+                        row.value.base[:32].eq(found),
+                    ]
+                    with m.If(found[:align].any()):
+                        m.d.sync += segment_bad.eq(1)
+                with m.Case(1):
+                    m.d.sync += row.value.base[32:].eq(found)
+                    with m.If(found[high_bits:].any()):
+                        m.d.sync += segment_bad.eq(1)
+                with m.Case(2):
+                    m.d.sync += row.value.stride.eq(found)
+                    with m.If(found[:align].any()):
+                        m.d.sync += segment_bad.eq(1)
+                with m.Case(3):
+                    m.d.sync += [
+                        row.value.beats.eq(found),
+                        stage.valid.eq(segments_changed),
+                        layer_beats.eq(sum_beats),
+                        layer_used.eq(layer_used | beats.any()),
+                    ]
+                    with m.If(found[config.offset_bits :].any() | sum_beats[-1]):
+                        m.d.sync += segment_bad.eq(1)
+                    with m.If(ends_layer):
+                        with m.If(~layer_used & ~beats.any()):
+                            m.d.sync += segment_bad.eq(1)
+        with m.If(walks & (place[: _bits(LAYER_WORDS)] == 1)):
+            m.d.sync += [layer_beats.eq(most_beats - config.slot_beats), layer_used.eq(0)]
 
         # Configuration and interrupt -----------------------------------------------------------
 
@@ -597,13 +709,17 @@ class Registers(wiring.Component):
             self.threshold_changed.eq(self.committed & threshold_differs),
             self.irq.eq((shown["IRQ_STATUS"] & shown["IRQ_ENABLE"]).any()),
         ]
+        m.d.sync += moved.eq(self.committed & segments_changed)
         with m.If(self.committed):
             m.d.sync += [
                 self.commit_request.eq(0),
+                self.segment_bank.eq(self.segment_bank ^ segments_changed),
+                segments_changed.eq(0),
                 self.prefetching.eq(shown["CONTROL"][0]),
                 self.learning.eq(shown["CONTROL"][1]),
                 self.ordered.eq(shown["CONTROL"][2]),
                 self.adaptive.eq(shown["CONTROL"][3]),
+                self.kinds.eq(shown["PREDICTORS"]),
                 self.threshold.eq(next_threshold),
                 self.quota.eq(next_quota),
             ]

@@ -64,8 +64,10 @@ class TableReader(wiring.Component):
         Stays until ``valid``.
     pause : In
         The row that is presented next may be ours, and what is read of it is settled.
-    blank : Out
-        Lanes that the tables give as 0, for :class:`.CorrelationTable`.
+    mute_bias : In
+        The bias is of no account: from the cycle after the next on its table gives 0.
+    blank, blank_bias : Out
+        Lanes that the tables, and that of the bias, give as 0, for :class:`.CorrelationTable`.
     valid : Out
         ``value`` is the weight.
     value : Out
@@ -85,7 +87,9 @@ class TableReader(wiring.Component):
                 "index": In(table_index_layout(c)),
                 "request": In(1),
                 "pause": In(1),
+                "mute_bias": In(1),
                 "blank": Out(c.num_experts, init=-1),
+                "blank_bias": Out(c.num_experts, init=-1),
                 "valid": Out(1),
                 "value": Out(signed(c.bias_bits)),
             }
@@ -97,12 +101,15 @@ class TableReader(wiring.Component):
         # The tables take the row two cycles after `pause`, one after it is presented.
         pause = Signal()
         m.d.sync += pause.eq(self.pause)
-        with m.If(self.clear_done):
-            m.d.sync += self.blank.eq(
-                Cat(pause & (self.index.lane != e) for e in range(c.num_experts))
-            )
-        with m.Else():
-            m.d.sync += self.blank.eq(-1)
+        blank = Cat(pause & (self.index.lane != e) for e in range(c.num_experts))
+        for out, all_lanes in (
+            (self.blank, ~self.clear_done),
+            (self.blank_bias, ~self.clear_done | self.mute_bias),
+        ):
+            with m.If(all_lanes):
+                m.d.sync += out.eq(-1)
+            with m.Else():
+                m.d.sync += out.eq(blank)
 
         picked = []
         for table, row in enumerate([self.bias, *(self.weights[d] for d in range(c.depth + 1))]):

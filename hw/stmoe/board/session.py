@@ -155,7 +155,7 @@ class Board:
         return bool(value & self.map["STATUS"].field(name).mask)
 
     def program(self, *, threshold: int | None = None, quota: int | None = None) -> list[Settings]:
-        """Tell the engine where experts lie, and commit settings where any is given.
+        """Tell the engine where experts lie and what settings are given, in one commit.
 
         Parameters
         ----------
@@ -183,8 +183,6 @@ class Board:
                 writes.append(self._engine("SEGMENT_BEATS", 0, layer, segment))
         self.write(*writes)
         self._wait("the tables to be cleared", lambda: self.status_bit("initialised"))
-        if threshold is None and quota is None:
-            return []
         writes = []
         if threshold is not None:
             writes.append(self._engine("THRESHOLD", threshold))
