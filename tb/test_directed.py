@@ -677,12 +677,12 @@ async def quotas_from_none_to_the_least_slots(dut) -> None:
             assert sum(quota) + K == CONFIG.num_slots
             assert not await tb.commit(15, LOWEST, [quota[0] + 1, *quota[1:]])
         assert await tb.commit(15, LOWEST, quota)
-        tb.routes_left = 90
+        tb.routes_left = 60
         await tb.drain()
         checker = tb.check(Situations)
         tb.check_nothing_lost(checker)
         await tb.check_counters(checker)
-        assert checker.counters["evictions"] > 20 and checker.counters["useful"] > 2
+        assert checker.counters["evictions"] > 20 and checker.counters["useful"]
         assert list(checker.buffer.quota) == quota and not checker.settings
 
 

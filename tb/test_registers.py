@@ -211,7 +211,11 @@ class TB:
             elif bank != int(dut.segment_bank.value):
                 bank ^= 1
                 dut.old_segments.value = 1
-                await self.cycles(self.rng.randrange(self.longest_use // 4, self.longest_use))
+                left = self.rng.randrange(self.longest_use // 4, self.longest_use)
+                while left and dut.rst.value == 0:
+                    await RisingEdge(dut.clk)
+                    left -= 1
+                bank = int(dut.rst.value == 0 and bank)
 
     def segments(self) -> dict[tuple[int, int], int]:
         """The active set, as far as it was handed over: (layer, segment) to value."""
@@ -946,8 +950,9 @@ async def a_commit_of_segments_waits_for_loads_that_use_the_old_ones(dut) -> Non
         granting = cocotb.start_soon(tb.grant(0))
         taken, before = tb.taken["aw"], dict(tb.segments())
         waiting = cocotb.start_soon(tb.put("COMMIT", 1))
-        reads = 0
-        while dut.old_segments.value == 1:
+        reads, changes = 0, tb.bank_changes
+        # Not when they are in use again, after this very commit.
+        while dut.old_segments.value == 1 and tb.bank_changes == changes:
             assert tb.taken["aw"] == taken, "taken while the other set is in use"
             assert tb.segments() == before
             assert await tb.get("THRESHOLD") == seed
