@@ -38,7 +38,7 @@ enum stmoe_result stmoe_probe(struct stmoe *engine, uintptr_t base)
         return STMOE_ABSENT;
     version = get(engine, STMOE_VERSION_OFFSET);
     engine->version = version;
-    if (FIELD(version, VERSION_MAJOR) != MAJOR || FIELD(version, VERSION_MINOR) < MINOR)
+    if (FIELD(version, VERSION_MAJOR) != MAJOR || version >> 8 < (MAJOR << 8 | MINOR))
         return STMOE_INCOMPATIBLE;
     word = get(engine, STMOE_CAPABILITY0_OFFSET);
     engine->num_layers = FIELD(word, CAPABILITY0_NUM_LAYERS);
