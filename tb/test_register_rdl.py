@@ -104,7 +104,7 @@ def test_the_comparison_sees_a_wrong_offset_field_access_and_reset(tmp_path: Pat
     text, expected = systemrdl(config), of_table(config)
     changes = [
         ("SCRATCH @ 0x0020", "SCRATCH @ 0x0060"),
-        ("busy[3:3]", "busy[4:4]"),
+        ("busy[3:3]", "busy[5:5]"),
         ("sw = w; hw = r;", "sw = rw; hw = r;"),
         ("reset = 0x53544d4f", "reset = 0x53544d4e"),
         ("SEGMENT[4][4] @ 0x4000 += 0x10", "SEGMENT[4][4] @ 0x4000 += 0x20"),
