@@ -106,7 +106,7 @@ def _sources(engine_factory: Callable | None) -> bytes:
     """Everything that the Verilog comes from, so that an unchanged design is not even elaborated
     again (elaboration takes longer than a short run)."""
     files = sorted((ROOT / "hw" / "stmoe").rglob("*.py"))
-    files += (ROOT / "golden" / "stmoe_golden" / name for name in ("config.py", "checker.py"))
+    files += (ROOT / "golden" / "stmoe_golden" / name for name in ("config.py", "records.py"))
     if engine_factory is not None:
         files.append(Path(inspect.getsourcefile(inspect.unwrap(engine_factory))))
     parts = [file.read_bytes() for file in files]

@@ -178,3 +178,9 @@ def test_ci_runs_lint_and_the_readmes_test_command() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert re.findall(r"^make (\w+)", script.read_text(), re.MULTILINE) == ["lint", "test"]
+
+
+def test_generator_and_simulations_do_not_load_numba() -> None:
+    # It takes seconds of CPU, in every one of some hundred simulations of `make test`.
+    code = "import harness_sim, stmoe.top, stmoe.cli, sys; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tb").returncode == 0
