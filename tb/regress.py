@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -25,8 +26,11 @@ from stmoe_golden.config import ConfigError, EngineConfig
 from stmoe_golden.synthetic import markov_trace
 
 FOLDER = BUILD / "regress"
-BUILD_ARGS = ("-DREGRESS",)
-"""A build of its own, that g++ does not optimise: it takes longer than the runs."""
+BUILD_ARGS = ("-CFLAGS", "-O0")
+"""g++ does not optimise: that takes longer than the runs. These flags come after all others."""
+
+MAKEFLAGS = "-j1 VM_PARALLEL_BUILDS=0"
+"""One file to compile, and no precompiled headers: these take longer than all of the design."""
 
 TOKENS = 24
 
@@ -72,6 +76,14 @@ def random_config(seed: int) -> EngineConfig:
             )
         except ConfigError:
             continue
+
+
+def shape(config: EngineConfig) -> str:
+    """A configuration in few words."""
+    return (
+        f"{config.num_layers}x{config.num_experts} top-{config.top_k}, D {config.depth}, "
+        f"{config.num_slots} slots, {config.axi_data_width} bits"
+    )
 
 
 def run_one(number: int, runs: int, tokens: int) -> tuple[int, int, list[str]]:
@@ -132,7 +144,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", type=positive, default=1, help="number of the first (FIRST=)")
     parser.add_argument("--tokens", type=positive, default=TOKENS, help="of each run")
     options = parser.parse_args(argv)
-    os.environ["MAKEFLAGS"] = "-j1 OPT_FAST=-O0 OPT_SLOW=-O0 OPT_GLOBAL=-O0"
+    os.environ["MAKEFLAGS"] = MAKEFLAGS
+    if shutil.which("ccache"):
+        # Verilator's own files are the same for all: compiled once.
+        os.environ.setdefault("OBJCACHE", "ccache")
     began = time.perf_counter()
     numbers = range(options.first, options.first + options.configs)
     failed, records, done = 0, 0, 0
@@ -148,8 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             seconds = time.perf_counter() - began
             print(
                 f"regress: {done} of {len(jobs)}, configuration {number} "
-                f"{'FAILED' if failures else 'agrees'}, {seconds:.0f} s",
-                file=sys.stderr,
+                f"({shape(random_config(number))}) {'FAILED' if failures else 'agrees'}, "
+                f"{checked:,} events, {seconds:.0f} s",
                 flush=True,
             )
     print(
