@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = ["setup", "sim", "report", "browser", "test", "lint", "bench", "generate", "registers"]
-TARGETS += ["boards", "bitstream", "regress", "ppa", "clean"]
+TARGETS = ["setup", "sim", "report", "browser", "test", "lint", "bench", "generate", "presets"]
+TARGETS += ["registers", "boards", "bitstream", "regress", "ppa", "clean"]
 PACKAGES = {"stmoe": ROOT / "hw" / "stmoe", "stmoe_golden": ROOT / "golden" / "stmoe_golden"}
 SPDX = "SPDX-License-Identifier: Apache-2.0"
 SOURCES = {".py", ".toml", ".sh", ".v", ".sv", ".c", ".h", ".cpp", ".mk", ".yml"}
