@@ -26,12 +26,6 @@ from stmoe_golden.config import ConfigError, EngineConfig
 from stmoe_golden.synthetic import markov_trace
 
 FOLDER = BUILD / "regress"
-BUILD_ARGS = ("-CFLAGS", "-O0")
-"""g++ does not optimise: that takes longer than the runs. These flags come after all others."""
-
-MAKEFLAGS = "-j1 VM_PARALLEL_BUILDS=0"
-"""One file to compile, and no precompiled headers: these take longer than all of the design."""
-
 TOKENS = 24
 
 
@@ -88,7 +82,7 @@ def shape(config: EngineConfig) -> str:
 
 def run_one(number: int, runs: int, tokens: int) -> tuple[int, int, list[str]]:
     """Build configuration ``number`` and run it; returns (number, records checked, failures)."""
-    from sim_run import SimulationError, run_simulation
+    from sim_run import QUICK, SimulationError, run_simulation
     from stmoe.harness.run_log import check_run
     from stmoe.toolchain import ToolError
     from stmoe_golden.checker import Mismatch
@@ -122,7 +116,7 @@ def run_one(number: int, runs: int, tokens: int) -> tuple[int, int, list[str]]:
                 seed=0 if run == 1 else rng.randrange(1, 1 << 30),
                 memory=memory,
                 out_dir=FOLDER / f"run-{number}-{run}",
-                build_args=BUILD_ARGS,
+                build_args=QUICK,
             )
             checked, counters = check_run(log, config)
             records += checked
@@ -144,7 +138,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", type=positive, default=1, help="number of the first (FIRST=)")
     parser.add_argument("--tokens", type=positive, default=TOKENS, help="of each run")
     options = parser.parse_args(argv)
-    os.environ["MAKEFLAGS"] = MAKEFLAGS
     if shutil.which("ccache"):
         # Verilator's own files are the same for all: compiled once.
         os.environ.setdefault("OBJCACHE", "ccache")
