@@ -23,7 +23,7 @@ export OBJCACHE ?= ccache
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sim report browser test lint bench generate registers boards bitstream ppa regress clean
+.PHONY: help setup sim report browser test lint bench generate presets registers boards bitstream ppa regress clean
 .DELETE_ON_ERROR:
 
 help:
@@ -67,6 +67,9 @@ bench: $(READY) ## measure the figures of docs/results.md
 generate: $(READY) ## write a preset's Verilog: PRESET=tiny OUT=build/tiny.v
 	@mkdir -p '$(dir $(or $(OUT),build/))'
 	@$(BIN)/stmoe generate --preset '$(or $(PRESET),tiny)' -o '$(or $(OUT),build/$(or $(PRESET),tiny).v)'
+
+presets: $(READY) ## lint every preset, 100 tokens of each against golden (long): PRESETS=
+	@$(RUN) tb/presets.py $(PRESETS)
 
 registers: $(READY) ## SystemRDL, C header, Markdown and HTML of the registers: PRESET= OUT=
 	@mkdir -p '$(REGISTERS)'

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -25,9 +26,6 @@ from stmoe_golden.config import ConfigError, EngineConfig
 from stmoe_golden.synthetic import markov_trace
 
 FOLDER = BUILD / "regress"
-BUILD_ARGS = ("-DREGRESS",)
-"""A build of its own, that g++ does not optimise: it takes longer than the runs."""
-
 TOKENS = 24
 
 
@@ -74,9 +72,17 @@ def random_config(seed: int) -> EngineConfig:
             continue
 
 
+def shape(config: EngineConfig) -> str:
+    """A configuration in few words."""
+    return (
+        f"{config.num_layers}x{config.num_experts} top-{config.top_k}, D {config.depth}, "
+        f"{config.num_slots} slots, {config.axi_data_width} bits"
+    )
+
+
 def run_one(number: int, runs: int, tokens: int) -> tuple[int, int, list[str]]:
     """Build configuration ``number`` and run it; returns (number, records checked, failures)."""
-    from sim_run import SimulationError, run_simulation
+    from sim_run import QUICK, SimulationError, run_simulation
     from stmoe.harness.run_log import check_run
     from stmoe.toolchain import ToolError
     from stmoe_golden.checker import Mismatch
@@ -110,7 +116,7 @@ def run_one(number: int, runs: int, tokens: int) -> tuple[int, int, list[str]]:
                 seed=0 if run == 1 else rng.randrange(1, 1 << 30),
                 memory=memory,
                 out_dir=FOLDER / f"run-{number}-{run}",
-                build_args=BUILD_ARGS,
+                build_args=QUICK,
             )
             checked, counters = check_run(log, config)
             records += checked
@@ -124,6 +130,12 @@ def run_one(number: int, runs: int, tokens: int) -> tuple[int, int, list[str]]:
     return number, records, failures
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process and of all that it has waited for: what a loaded machine hides."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run them all; returns the exit status."""
     parser = Parser(prog="regress", description="Random configurations against golden.")
@@ -132,7 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", type=positive, default=1, help="number of the first (FIRST=)")
     parser.add_argument("--tokens", type=positive, default=TOKENS, help="of each run")
     options = parser.parse_args(argv)
-    os.environ["MAKEFLAGS"] = "-j1 OPT_FAST=-O0 OPT_SLOW=-O0 OPT_GLOBAL=-O0"
+    if shutil.which("ccache"):
+        # Verilator's own files are the same for all: compiled once.
+        os.environ.setdefault("OBJCACHE", "ccache")
     began = time.perf_counter()
     numbers = range(options.first, options.first + options.configs)
     failed, records, done = 0, 0, 0
@@ -148,13 +162,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             seconds = time.perf_counter() - began
             print(
                 f"regress: {done} of {len(jobs)}, configuration {number} "
-                f"{'FAILED' if failures else 'agrees'}, {seconds:.0f} s",
-                file=sys.stderr,
+                f"({shape(random_config(number))}) {'FAILED' if failures else 'agrees'}, "
+                f"{checked:,} events, {seconds:.0f} s",
                 flush=True,
             )
     print(
         f"regress: {len(jobs)} configurations x {options.seeds} seeds, {records:,} events checked, "
-        f"{failed} configurations with mismatches, {time.perf_counter() - began:.0f} s"
+        f"{failed} configurations with mismatches, {time.perf_counter() - began:.0f} s, "
+        f"{cpu_seconds():.0f} s of CPU"
     )
     return 1 if failed else 0
 

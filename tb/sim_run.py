@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -42,7 +43,7 @@ from stmoe.verilog_writer import convert
 from stmoe_golden.checker import Settings
 from stmoe_golden.config import FRACTION_BITS, EngineConfig
 
-__all__ = ["SimulationError", "build_simulation", "read_log", "run_simulation"]
+__all__ = ["QUICK", "SimulationError", "build_simulation", "read_log", "run_simulation"]
 
 TOP = "sim_top"
 
@@ -59,6 +60,11 @@ VERILATOR_ARGS = (
     "-CFLAGS",
     "-O2",
 )
+
+QUICK = ("-CFLAGS", "-O0")
+"""``build_args`` for runs that are shorter than g++'s time: nothing is optimised (these flags come
+after those above, while OPT_FAST and the like of make would come before), and all of the design is
+one file, as the precompiled headers of many take longer than the rest."""
 
 OUTPUTS = (
     "cycle",
@@ -106,7 +112,7 @@ def _sources(engine_factory: Callable | None) -> bytes:
     """Everything that the Verilog comes from, so that an unchanged design is not even elaborated
     again (elaboration takes longer than a short run)."""
     files = sorted((ROOT / "hw" / "stmoe").rglob("*.py"))
-    files += (ROOT / "golden" / "stmoe_golden" / name for name in ("config.py", "checker.py"))
+    files += (ROOT / "golden" / "stmoe_golden" / name for name in ("config.py", "records.py"))
     if engine_factory is not None:
         files.append(Path(inspect.getsourcefile(inspect.unwrap(engine_factory))))
     parts = [file.read_bytes() for file in files]
@@ -166,17 +172,20 @@ def build_simulation(
             )
             control.write_text(f"`verilator_config\n{names}")
             os.environ["PATH"] = f"{find_verilator()}{os.pathsep}{os.environ['PATH']}"
-            os.environ.setdefault("MAKEFLAGS", f"-j{os.cpu_count() or 2}")
+            flags = os.environ.get("MAKEFLAGS", f"-j{os.cpu_count() or 2}")
+            if tuple(build_args) == QUICK:
+                flags += " VM_PARALLEL_BUILDS=0"
             try:
-                FastVerilator().build(
-                    sources=[control, source],
-                    hdl_toplevel=TOP,
-                    build_dir=folder,
-                    build_args=args,
-                    waves=waves,
-                    always=True,
-                    log_file=folder / "build.log",
-                )
+                with mock.patch.dict(os.environ, MAKEFLAGS=flags):
+                    FastVerilator().build(
+                        sources=[control, source],
+                        hdl_toplevel=TOP,
+                        build_dir=folder,
+                        build_args=args,
+                        waves=waves,
+                        always=True,
+                        log_file=folder / "build.log",
+                    )
             except RuntimeError as error:
                 said = (folder / "build.log").read_text()
                 if waves and ("lz4.h" in said or "zlib.h" in said):

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = ["setup", "sim", "report", "browser", "test", "lint", "bench", "generate", "registers"]
-TARGETS += ["boards", "bitstream", "regress", "ppa", "clean"]
+TARGETS = ["setup", "sim", "report", "browser", "test", "lint", "bench", "generate", "presets"]
+TARGETS += ["registers", "boards", "bitstream", "regress", "ppa", "clean"]
 PACKAGES = {"stmoe": ROOT / "hw" / "stmoe", "stmoe_golden": ROOT / "golden" / "stmoe_golden"}
 SPDX = "SPDX-License-Identifier: Apache-2.0"
 SOURCES = {".py", ".toml", ".sh", ".v", ".sv", ".c", ".h", ".cpp", ".mk", ".yml"}
@@ -178,3 +178,9 @@ def test_ci_runs_lint_and_the_readmes_test_command() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert re.findall(r"^make (\w+)", script.read_text(), re.MULTILINE) == ["lint", "test"]
+
+
+def test_generator_and_simulations_do_not_load_numba() -> None:
+    # It takes seconds of CPU, in every one of some hundred simulations of `make test`.
+    code = "import harness_sim, stmoe.top, stmoe.cli, sys; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tb").returncode == 0

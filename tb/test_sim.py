@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 import types
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sim import latency_of
-from sim_run import SimulationError, run_simulation
+from sim_run import QUICK, SimulationError, run_simulation
 from simulation import ROOT, seeds
 from stmoe.harness.run_log import check_run, times_of
 from stmoe_golden.checker import Checker, Kind, Mismatch, Record, Segment, Settings, burst_plan
@@ -25,18 +24,6 @@ from stmoe_golden.traces import save_trace
 
 SIM = [sys.executable, str(ROOT / "tb" / "sim.py")]
 SHARED = ROOT.parent / "shared" / "traces" / "gpt_oss_20b_decode.npz"
-
-
-QUICK = ("-DQUICK",)
-"""A build of its own, that g++ does not optimise: these runs are shorter than its time."""
-
-
-@pytest.fixture
-def quick_build(monkeypatch):
-    """Builds within this test take g++ little time (with ``build_args=QUICK``)."""
-    monkeypatch.setenv(
-        "MAKEFLAGS", f"-j{os.cpu_count() or 2} OPT_FAST=-O0 OPT_SLOW=-O0 OPT_GLOBAL=-O0"
-    )
 
 
 def trace_of(config: EngineConfig, tokens: int, seed: int = 1):
@@ -105,7 +92,7 @@ def test_tiny_preset_agrees_with_golden(seed):
     ],
     ids=["least_slots", "one_layer", "saturating_weights"],
 )
-def test_odd_shapes_agree_with_golden(config, quick_build):
+def test_odd_shapes_agree_with_golden(config):
     for seed in (0, 3):
         print(f"seed {seed}")
         log = run(config, 150, load_ratio=1.5, seed=seed, build_args=QUICK)
@@ -196,15 +183,15 @@ def engine_with_broken_scheduler(config):
     )
 
 
-def test_broken_learner_is_found(quick_build):
+def test_broken_learner_is_found():
     check_finds(engine_with_broken_learner, Kind.SELECT, Kind.LOAD_START, Kind.DROP)
 
 
-def test_broken_victim_choice_is_found(quick_build):
+def test_broken_victim_choice_is_found():
     check_finds(engine_with_broken_victim, Kind.LOAD_START)
 
 
-def test_broken_cancel_is_found(quick_build):
+def test_broken_cancel_is_found():
     check_finds(engine_with_broken_scheduler, Kind.BURST, Kind.FILL_DONE, Kind.LAST_BEAT)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,33 +22,9 @@ from .buffer import Lane, admits, new_buffer, victim
 from .confidence import gate_params, new_gate, note_bad, note_event, note_good, threshold_of
 from .config import FRACTION_BITS, NUM_SEGMENTS, PAGE_BYTES, EngineConfig
 from .predictor import Predictor, params_of
+from .records import Kind
 
 __all__ = ["Checker", "Kind", "Mismatch", "Record", "Segment", "Settings", "burst_plan"]
-
-
-class Kind(IntEnum):
-    """Kinds of record. The RTL's ``EventKind`` is made of these."""
-
-    TOKEN = 1
-    ROUTE = 2
-    SCORE_COMMIT = 3
-    SELECT = 4
-    LOAD_START = 5
-    BURST = 6
-    LAST_BEAT = 7
-    FILL_DONE = 8
-    GRANT = 9
-    RELEASE = 10
-    CANCEL = 11
-    DRAINED = 12
-    PROMOTE = 13
-    DROP = 14
-    RETRY = 15
-    ERROR = 16
-    WATCHDOG = 17
-    REGISTER_COMMIT = 18
-    THRESHOLD = 19
-    ILLEGAL = 20
 
 
 BESIDE = {Kind.SELECT, Kind.BURST, Kind.LAST_BEAT, Kind.GRANT, Kind.RETRY}

@@ -7,8 +7,8 @@ from amaranth.hdl import Cat, Const, Value, ValueLike, signed, unsigned
 from amaranth.lib import data, enum, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from stmoe_golden.checker import Kind
 from stmoe_golden.config import NUM_SEGMENTS, EngineConfig
+from stmoe_golden.records import Kind
 
 __all__ = [
     "CYCLE_BITS",

@@ -21,8 +21,8 @@ from stmoe.harness.board_protocol import (
 )
 from stmoe.harness.record_packer import record_widths
 from stmoe.harness.run_log import Event
-from stmoe_golden.checker import Kind
 from stmoe_golden.config import EngineConfig
+from stmoe_golden.records import Kind
 
 __all__ = [
     "Answer",

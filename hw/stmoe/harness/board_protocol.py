@@ -12,12 +12,10 @@ import enum
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from stmoe_golden.config import EngineConfig
-
-if TYPE_CHECKING:
-    from stmoe_golden.checker import Kind
+from stmoe_golden.records import Kind
 
 __all__ = [
     "CYCLE_BYTES",
@@ -244,8 +242,6 @@ def record_pieces(
     widths : dict
         Width of each field of a record.
     """
-    from stmoe_golden.checker import Kind  # which loads Numba
-
     layer = Piece("layer", 0, config.layer_bits)
     expert = Piece("expert", 0, min(_index_bits(config.num_experts), widths["expert"]))
     slot = Piece("slot", 0, config.slot_bits)

@@ -17,8 +17,8 @@ from stmoe.harness.board_protocol import (
     record_pieces,
 )
 from stmoe.payloads import CYCLE_BITS, event_layout
-from stmoe_golden.checker import Kind
 from stmoe_golden.config import EngineConfig
+from stmoe_golden.records import Kind
 
 __all__ = ["RecordPacker", "record_widths"]
 
