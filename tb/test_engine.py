@@ -47,6 +47,16 @@ CONFIGS = {
         gate_levels=3,
         gate_step=100,
     ),  # fmt: skip
+    # The buffer behind AXI; slots that end behind a page, so that bursts are cut there.
+    "behind_axi": preset("tiny").replace(
+        buffer="axi",
+        axi_data_width=256,
+        expert_bytes=4100,
+        max_burst=48,
+        watchdog_cycles=4096,
+        gate_window=4,
+        gate_patience=16,
+    ),
 }
 
 
