@@ -99,6 +99,10 @@ def test_buffer_that_never_answers_does_not_hang_the_engine() -> None:
     run("behind_axi", "silent_buffer_never_hangs_the_engine", 1)
 
 
+def test_slots_move_only_when_nothing_is_held_or_under_way() -> None:
+    run("behind_axi", "slots_move_at_rest", 1)
+
+
 def test_full_event_port_loses_nothing() -> None:
     run("tiny", "full_event_port_loses_nothing", 1)
 
@@ -294,9 +298,50 @@ async def silent_buffer_never_hangs_the_engine(dut) -> None:
         tb.illegal = 0
         tb.event_rate = 0.2
         tb.routes_left = 20
+        await tb.cycles(300)
+        # A commit that waits for rest, which never comes, holds nothing back for ever.
+        stride = CONFIG.slot_pages * PAGE_BYTES
+        await tb.commit(place=(1 << 32, stride), wait=False)
         await tb.drain()
         assert tb.taken["route"] == 20
+        assert await tb.get("STATUS") & 1, "the slots were moved under writes"
         assert [g[4] for g in tb.log["grants"]] == [1] * (20 * CONFIG.top_k)
         kinds = Tally(Kind(r.kind).name for r in tb.log["events"])
         assert kinds["WATCHDOG"] >= 2 and not kinds["FILL_DONE"]
         assert dut.irq.value == 1 and await tb.get("IRQ_STATUS") & 2
+
+
+@bench
+async def slots_move_at_rest(dut) -> None:
+    """A commit that moves the slots comes under load, with grants held for long: until they are
+    released no route is taken and no prefetch starts; after it every expert is loaded anew."""
+    tb = RandomTraffic(dut, CONFIG)
+    for seed in SEEDS:
+        await tb.reset(seed, stalls=False)
+        tb.illegal, tb.event_rate, tb.delays = 0, 1, (400, 600)
+        await tb.program_segments()
+        stride = CONFIG.slot_pages * PAGE_BYTES
+        moves = []
+        for part in range(1, 5):
+            tb.routes_left = 8 * CONFIG.num_layers
+            await tb.cycles(2500 + 37 * part)
+            assert tb.held and tb.routes_left
+            await tb.commit(place=(part << 32, stride + part * PAGE_BYTES), wait=False)
+            asked = tb.cycle
+            while await tb.get("STATUS") & 1:
+                pass
+            moves.append((asked, tb.cycle))
+            await tb.drain()
+        for (asked, _), event in zip(
+            moves, (e for e in tb.log["events"] if e.kind == Kind.REGISTER_COMMIT), strict=True
+        ):
+            assert event.flag == 1 and event.cycle > asked + 100
+            # One operation may have been begun when the commit came.
+            between = [e for e in tb.log["events"] if asked + 30 < e.cycle < event.cycle]
+            assert any(e.kind == Kind.RELEASE for e in between)
+            assert not any(e.kind == Kind.ROUTE for e in between)
+            assert not any(e.kind == Kind.LOAD_START and e.flag & 1 for e in between)
+        checker = tb.check()
+        # As many loads as there were experts to bring back.
+        tb.check_nothing_lost(checker)
+        await tb.check_counters(checker)
