@@ -26,10 +26,12 @@ from cocotb.clock import Clock
 from cocotb.triggers import RisingEdge
 from cocotbext.axi import AxiRamWrite, AxiWriteBus
 
+from lint_verilog import lint_text
 from simulation import pack, run_bench, seeds
 from stmoe.axi_flat import connect_axi4_write, flat_axi4_write_ports
 from stmoe.buffer_writer import BufferWriter
 from stmoe.payloads import buffer_place_layout, fill_layout
+from stmoe.top import generate
 from stmoe_golden.config import EngineConfig, preset
 
 PAGE = 4096
@@ -285,6 +287,15 @@ def test_one_beat_in_every_cycle(name: str) -> None:
 def test_axi_ram_holds_what_was_written() -> None:
     """cocotbext-axi's memory, with pauses on all of its channels."""
     run("narrow", "axi_ram", 2)
+
+
+def test_verilog_has_the_write_port_in_place_of_fill_and_is_clean() -> None:
+    text = generate(preset("tiny").replace(buffer="axi"))
+    assert lint_text(text, "stmoe_engine") == ""
+    ports = text[text.index("module stmoe_engine(") :]
+    ports = ports[: ports.index(";")]
+    assert all(f"m_axi_buf_{name}" in ports for name in ("awaddr", "wstrb", "bid"))
+    assert "m_axis_fill" not in ports
 
 
 def test_only_a_configuration_is_taken() -> None:
