@@ -22,7 +22,14 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from cocotb.clock import Clock
 from cocotb.triggers import Event, RisingEdge
-from cocotbext.axi import AxiLiteBus, AxiLiteMaster, AxiRamRead, AxiReadBus
+from cocotbext.axi import (
+    AxiLiteBus,
+    AxiLiteMaster,
+    AxiRamRead,
+    AxiRamWrite,
+    AxiReadBus,
+    AxiWriteBus,
+)
 
 from simulation import pack, unpack
 from stmoe.payloads import (
@@ -36,7 +43,7 @@ from stmoe.payloads import (
 from stmoe.register_map import COUNTERS, registers
 from stmoe.top import EngineTop
 from stmoe_golden.checker import Checker, Kind, Record, Segment, Settings
-from stmoe_golden.config import FRACTION_BITS, NUM_SEGMENTS, EngineConfig
+from stmoe_golden.config import FRACTION_BITS, NUM_SEGMENTS, PAGE_BYTES, EngineConfig
 
 WATCHED = (
     "s_axis_token",
@@ -47,8 +54,11 @@ WATCHED = (
     "m_axis_event",
     "m_axi_ar",
     "m_axi_r",
+    "m_axi_buf_aw",
+    "m_axi_buf_w",
+    "m_axi_buf_b",
 )
-TOKEN, ROUTE, GRANT, RELEASE, FILL, EVENT, AR, R = (1 << i for i in range(len(WATCHED)))
+TOKEN, ROUTE, GRANT, RELEASE, FILL, EVENT, AR, R, AW, W, B = (1 << i for i in range(len(WATCHED)))
 
 
 class ObservedTop(wiring.Component):
@@ -71,12 +81,14 @@ class ObservedTop(wiring.Component):
             ours, theirs = getattr(self, name), getattr(top, name)
             m.d.comb += theirs.eq(ours) if member.flow == In else ours.eq(theirs)
         for i, prefix in enumerate(WATCHED):
-            separator = "" if prefix in ("m_axi_ar", "m_axi_r") else "_t"
+            separator = "" if prefix.startswith("m_axi_") else "_t"
             names = [n for n in top.signature.members if n.startswith(prefix + separator)]
+            if not names:
+                continue  # fills go to banks, or to a buffer behind AXI
             valid = getattr(top, f"{prefix}{separator}valid")
             ready = getattr(top, f"{prefix}{separator}ready")
             m.d.comb += [self.took[i].eq(valid & ready), self.waits[i].eq(valid & ~ready)]
-            if prefix.startswith("m_") and prefix != "m_axi_r":
+            if prefix.startswith("m_") and prefix not in ("m_axi_r", "m_axi_buf_b"):
                 payload = Cat(getattr(top, n) for n in names if not n.endswith(("valid", "ready")))
                 offered = Signal(name=f"{prefix}_offered")
                 last = Signal(len(payload), name=f"{prefix}_last")
@@ -116,6 +128,25 @@ class Tier(AxiRamRead):
         if self.fails(address):
             raise OSError(f"no data at {address:#x}")
         return content(address, self.data_width).to_bytes(length, "little")
+
+
+class Store(AxiRamWrite):
+    """The expert buffer behind AXI: hands every beat that is written on; a write may fail."""
+
+    def __init__(self, bus, clock, reset) -> None:
+        super().__init__(bus, clock, reset, size=4096)
+        for channel in (self.aw_channel, self.w_channel, self.b_channel):
+            channel.queue_occupancy_limit = 64
+        self.fails = lambda address: False
+        self.silent = False
+        self.write_beat = lambda address, data: None
+
+    async def _write(self, address: int, data: bytes) -> None:
+        if self.silent:
+            await Event().wait()
+        if self.fails(address):
+            raise OSError(f"no memory at {address:#x}")
+        self.write_beat(address, int.from_bytes(data, "little"))
 
 
 def pauses(rng: random.Random) -> Iterator[bool]:
@@ -186,9 +217,15 @@ class EngineBench:
         self.ram = self.MEMORY(AxiReadBus.from_prefix(dut, "m_axi"), dut.clk, dut.rst, config)
         w, r = self.master.write_if, self.master.read_if
         self.axil_channels = (w.aw_channel, w.w_channel, w.b_channel, r.ar_channel, r.r_channel)
-        self.sinks = {
-            name: Sink(getattr(dut, f"m_axis_{name}_tready")) for name in ("grant", "fill", "event")
-        }
+        self.behind_axi = config.buffer == "axi"
+        self.memory_channels = [self.ram.ar_channel, self.ram.r_channel]
+        if self.behind_axi:
+            self.store = Store(AxiWriteBus.from_prefix(dut, "m_axi_buf"), dut.clk, dut.rst)
+            self.store.write_beat = self._written
+            store = self.store
+            self.memory_channels += [store.aw_channel, store.w_channel, store.b_channel]
+        streams = ("grant", "event") if self.behind_axi else ("grant", "fill", "event")
+        self.sinks = {name: Sink(getattr(dut, f"m_axis_{name}_tready")) for name in streams}
         self.running = False
         cocotb.start_soon(self._each_cycle())
 
@@ -219,6 +256,8 @@ class EngineBench:
                 "last_beats",
                 "fills",
                 "events",
+                "write_addresses",
+                "write_answers",
             )
         }
         self.waits = 0
@@ -236,9 +275,12 @@ class EngineBench:
                 self.config.threshold << FRACTION_BITS, [self.config.quota] * self.config.num_layers
             )
         ]
-        self.ram.fails = lambda address: False
-        self.ram.silent = False
-        for channel in (*self.axil_channels, self.ram.ar_channel, self.ram.r_channel):
+        self.bad_writes: list[str] = []
+        self.places = [(0, self.config.slot_pages * PAGE_BYTES)]
+        for memory in (self.ram, self.store) if self.behind_axi else (self.ram,):
+            memory.fails = lambda address: False
+            memory.silent = False
+        for channel in (*self.axil_channels, *self.memory_channels):
             channel.set_pause_generator(pauses(random.Random(rng.random())) if stalls else None)
             channel.pause = False
         for sink in self.sinks.values():
@@ -279,6 +321,7 @@ class EngineBench:
                 f"cycle {self.cycle}: an offer was withdrawn or changed on "
                 f"{[p for i, p in enumerate(WATCHED) if int(dut.unstable.value) >> i & 1]}"
             )
+            assert not self.bad_writes, self.bad_writes
             if took:
                 self._monitor(took)
             self.waits = int(dut.waits.value)
@@ -295,15 +338,20 @@ class EngineBench:
         dut, cycle, log = self.dut, self.cycle, self.log
         if took & FILL:
             fill = self._payload("fill")
-            slot, offset = fill["slot"], fill["offset"]
-            assert slot < self.config.num_slots and offset < self.beats, f"cycle {cycle}: {fill}"
-            assert not self.held[slot], f"cycle {cycle}: slot {slot} is filled while in use"
-            if offset == 0:
-                self.buffer[slot] = [GUARD] * self.beats
-            self.buffer[slot][offset] = fill["data"]
-            self.fill_beats += 1
-            if (offset, fill["data"]) in self.last_beats:
-                log["fills"].append((cycle, slot))
+            self._filled(fill["slot"], fill["offset"], fill["data"])
+            if (fill["offset"], fill["data"]) in self.last_beats:
+                log["fills"].append((cycle, fill["slot"]))
+        self.fill_beats += took & (FILL | W) > 0
+        if took & AW:
+            names = ("awid", "awaddr", "awlen", "awsize", "awburst")
+            index, address, length, size, kind = (
+                int(getattr(dut, f"m_axi_buf_{name}").value) for name in names
+            )
+            assert (1 << size, kind) == (self.config.beat_bytes, 1)
+            log["write_addresses"].append((cycle, index, address, length + 1))
+        if took & B:
+            answer = (int(dut.m_axi_buf_bid.value), int(dut.m_axi_buf_bresp.value))
+            log["write_answers"].append((cycle, *answer))
         if took & EVENT:
             log["events"].append(Record(**self._payload("event"), delivered=cycle))
         if took & AR:
@@ -356,6 +404,30 @@ class EngineBench:
                 experts = [self.config.num_experts] * self.config.top_k
             log["routes"].append((cycle, route["layer"], experts))
             self.took_route(route, legal)
+
+    def _filled(self, slot: int, offset: int, data: int) -> None:
+        """A beat was put into the buffer."""
+        where = f"cycle {self.cycle}: slot {slot}, beat {offset}"
+        assert slot < self.config.num_slots and offset < self.beats, where
+        assert not self.held[slot], f"{where} is filled while in use"
+        if offset == 0:
+            self.buffer[slot] = [GUARD] * self.beats
+        self.buffer[slot][offset] = data
+
+    def _written(self, address: int, data: int) -> None:
+        """A beat was written over AXI. No two places that slots have had overlap.
+
+        What is wrong is kept for the next cycle: the memory takes an exception for a failed write.
+        """
+        for base, stride in self.places:
+            slot, within = divmod(address - base, stride)
+            if 0 <= slot < self.config.num_slots:
+                try:
+                    self._filled(slot, within // self.config.beat_bytes, data)
+                except AssertionError as error:
+                    self.bad_writes.append(str(error))
+                return
+        self.bad_writes.append(f"cycle {self.cycle}: a write to {address:#x}, outside the buffer")
 
     def _check_content(self, layer: int, expert: int, slot: int) -> None:
         """The slot holds the expert's bytes, all as the segments of one commit have them (the
@@ -491,13 +563,15 @@ class EngineBench:
         *,
         predictors: int | None = None,
         segments: list[list[Segment]] | None = None,
+        place: tuple[int, int] | None = None,
         wait: bool = True,
     ) -> bool:
         """Write all shadow registers and commit; a set that breaks a rule must be refused.
 
-        ``threshold`` in quarter units; what is not given is as after reset, but segments are those
-        of the last commit. ``wait`` for the answer, which comes when the set is active. Returns
-        whether it was legal.
+        ``threshold`` in quarter units; what is not given is as after reset, but segments and
+        ``place`` (base and stride of the slots, where the buffer is behind AXI) are those of the
+        last commit. ``wait`` for the answer, which comes when the set is active. Returns whether
+        it was legal.
         """
         config = self.config
         if threshold is None:
@@ -509,6 +583,10 @@ class EngineBench:
         writes: list[tuple[Any, ...]] = [("CONTROL", control), ("THRESHOLD", threshold)]
         writes.append(("PREDICTORS", predictors))
         writes += [("QUOTA", layer, value) for layer, value in enumerate(quota)]
+        base, stride = place or self.places[-1]
+        if self.behind_axi:
+            writes += [("BUFFER_BASE_LOW", base), ("BUFFER_BASE_HIGH", base >> 32)]
+            writes += [("SLOT_STRIDE", stride)]
         self.rng.shuffle(writes)
         for write in writes:
             await self.put(*write)
@@ -517,10 +595,13 @@ class EngineBench:
             if parts != self.shadow_segments[layer]:
                 await self.write_segments(layer, parts)
         bits = (bool(control >> bit & 1) for bit in range(4))
-        settings = Settings(threshold, list(quota), *bits, predictors, segments)
+        settings = Settings(threshold, list(quota), *bits, predictors, segments, base, stride)
         legal = settings.refusal(config) is None
         if legal:
             self.settings.append(settings)
+            self.taken["relocation"] += (base, stride) != self.places[-1]
+            if place:
+                self.places.append(place)
             if segments is not None and segments != self.segments:
                 self.note_segments(segments)
         self.taken["legal commit" if legal else "refused commit"] += 1
@@ -554,6 +635,8 @@ class EngineBench:
         """Every record is what the golden model says; the checker (of class ``kind``)."""
         log = dict(self.log)
         events = log.pop("events")
+        if self.behind_axi:
+            del log["fills"]
         checker = kind(
             self.config,
             segments=[[] for _ in range(self.config.num_layers)],
@@ -728,7 +811,19 @@ class RandomTraffic(EngineBench):
             kinds = self.map["PREDICTORS"].reset
             predictors = kinds if rng.random() < 0.5 else rng.randint(0, kinds)
             segments = self.other_segments(broken=fault == 2) if rng.random() < 0.4 else None
-            await self.commit(control, threshold, quota, predictors=predictors, segments=segments)
+            place = None
+            if self.behind_axi and rng.random() < 0.5:
+                # Each in a part of the address space of its own.
+                pages = config.slot_pages + rng.choice((0, 0, 1, 7))
+                part = len(self.places) * config.num_slots * (config.slot_pages + 8)
+                place = ((part + rng.randrange(8)) * PAGE_BYTES, pages * PAGE_BYTES)
+                if fault == 3:
+                    place = (place[0], (config.slot_pages - 1) * PAGE_BYTES)
+                elif fault == 4:
+                    place = ((1 << config.axi_addr_width) - 2 * PAGE_BYTES, place[1])
+            await self.commit(
+                control, threshold, quota, predictors=predictors, segments=segments, place=place
+            )
 
     def other_segments(self, *, broken: bool = False) -> list[list[Segment]]:
         """Those of the last commit with one or two layers moved, grown or shrunk; ``broken``: and

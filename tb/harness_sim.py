@@ -23,6 +23,7 @@ from cocotb.clock import Clock
 from cocotb.triggers import ClockCycles, ValueChange
 from cocotbext.axi import AxiLiteBus, AxiLiteMaster
 
+from stmoe.harness.buffer_memory import BufferPlace
 from stmoe.harness.content_checker import AddressMap
 from stmoe.harness.sim_top import BANK_WORDS, row_layout
 from stmoe.register_map import COUNTERS, registers
@@ -91,6 +92,13 @@ class RegisterPort:
             await self.write("SEGMENT_BEATS", addresses.beats, layer, 0)
             for segment in range(1, NUM_SEGMENTS):
                 await self.write("SEGMENT_BEATS", 0, layer, segment)
+
+    async def place(self, config: EngineConfig) -> None:
+        """Program where the harness keeps a buffer behind AXI, for the commit that follows."""
+        place = BufferPlace(config)
+        await self.write("BUFFER_BASE_LOW", place.base)
+        await self.write("BUFFER_BASE_HIGH", place.base >> 32)
+        await self.write("SLOT_STRIDE", place.stride)
 
     async def configure(self, changes: dict[str, Any]) -> None:
         """Write shadow registers and commit them with those that were written before. ``changes``
@@ -211,6 +219,8 @@ async def _run(dut: Any, settings: dict[str, Any], result: dict[str, Any]) -> No
         await ClockCycles(dut.clk, 50)
     else:
         raise SimulationFailed("STATUS.initialised never rose")
+    if config.buffer == "axi":
+        await port.place(config)
     await port.configure(settings["registers"])
 
     progress = Progress(settings["progress"], total)

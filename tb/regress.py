@@ -67,6 +67,7 @@ def random_config(seed: int) -> EngineConfig:
                 num_transfers=rng.choice((0, 0, top_k, top_k + 1)),
                 expert_bytes=width // 8 * rng.choice((1, 3, 8, 21, 40)),
                 retry_limit=rng.choice((1, 2, 3)),
+                buffer=rng.choice(("banks", "banks", "axi")),
             )
         except ConfigError:
             continue

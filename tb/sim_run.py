@@ -21,6 +21,7 @@ from unittest import mock
 import numpy as np
 
 from simulation import BUILD, ROOT, find_verilator
+from stmoe.harness.buffer_memory import BufferPlace
 from stmoe.harness.content_checker import AddressMap
 from stmoe.harness.harness import MEMORY_INPUTS
 from stmoe.harness.run_log import (
@@ -88,6 +89,8 @@ LINES: dict[str, tuple[str, type]] = {
     "A": ("ar", Burst),
     "D": ("last_beats", LastBeat),
     "F": ("filled", Filled),
+    "P": ("write_addresses", Burst),
+    "Q": ("write_answers", LastBeat),
     "K": ("finished", Finished),
     "I": ("irq", Irq),
     "W": ("writes", Write),
@@ -228,6 +231,7 @@ def read_log(path: str | Path, config: EngineConfig) -> RunLog:
     ]
     # AXI counts a burst's beats from 0.
     log.ar = [Burst(cycle, id, address, length + 1) for cycle, id, address, length in log.ar]
+    log.write_addresses = [burst._replace(length=burst.length + 1) for burst in log.write_addresses]
     return log
 
 
@@ -416,6 +420,9 @@ def _commits(config: EngineConfig, changes: Sequence[dict[str, Any]]) -> list[Se
     """What each commit makes active, the first after reset."""
     made = []
     now = Settings(config.threshold << FRACTION_BITS, [config.quota] * config.num_layers)
+    if config.buffer == "axi":
+        place = BufferPlace(config)
+        now = dataclasses.replace(now, buffer_base=place.base, slot_stride=place.stride)
     for change in changes:
         fields: dict[str, Any] = {n: change[n] for n in ("threshold", "predictors") if n in change}
         if "quotas" in change:

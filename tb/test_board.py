@@ -356,7 +356,9 @@ def test_verilog_of_the_board_is_clean():
     assert lint_text(verilog.convert(top, name="board_top", emit_src=False), "board_top") == ""
 
 
-def test_a_board_needs_the_event_port():
+def test_a_board_needs_the_event_port_and_banks():
+    with pytest.raises(ConfigError, match="buffer must be banks for a board, not axi"):
+        BoardTop(TINY.replace(buffer="axi"), clock_hz=CLOCK_HZ, baud=DEFAULT_BAUD)
     with pytest.raises(ConfigError, match="event_port must be true for a board, not false"):
         BoardTop(TINY.replace(event_port=False), clock_hz=CLOCK_HZ, baud=DEFAULT_BAUD)
     with pytest.raises(TypeError, match="config must be an EngineConfig, not 'tiny'"):

@@ -47,6 +47,20 @@ NAMES = sorted(f.name for f in dataclasses.fields(EngineConfig))
             "quota * num_layers + staging must be at most 4096 slots, not 4100",
         ),
         ({"num_transfers": 1}, "num_transfers must be 0 or at least top_k (2), not 1"),
+        ({"buffer": "ram"}, "buffer must be banks or axi, not ram"),
+        ({"buffer": True}, "buffer must be banks or axi, not True"),
+        ({"expert_bytes": 1 << 26, "axi_addr_width": 32, "quota": 8, "staging": 40}, None),
+        (
+            {
+                "expert_bytes": 1 << 26,
+                "axi_addr_width": 32,
+                "quota": 8,
+                "staging": 40,
+                "buffer": "axi",
+            },
+            "num_slots * expert_bytes must fit in 32 address bits where buffer is axi, "
+            "not 72 * 67108864",
+        ),
     ],
 )
 def test_a_value_that_is_not_allowed_is_named(changes, message):
@@ -76,6 +90,8 @@ def test_every_field_refuses_values_just_outside_its_range(field):
         (["tresh=1"], f"unknown field 'tresh'; fields are {', '.join(NAMES)}"),
         (["top_k=true"], "top_k must be an integer, not True"),
         (["event_port=1"], "event_port must be true or false, not 1"),
+        (["buffer=1"], "buffer must be banks or axi, not 1"),
+        (["buffer=true"], "buffer must be banks or axi, not True"),
     ],
 )
 def test_a_setting_that_is_not_allowed_is_named(settings, message):
@@ -88,12 +104,13 @@ def test_settings_apply_in_order_and_leave_the_original_alone():
     base = EngineConfig()
     changed = base.with_settings(["threshold=-0x10", "event_port=false", "threshold=-7"])
     assert (changed.threshold, changed.event_port) == (-7, False)
+    assert base.with_settings(["buffer=axi"]).buffer == "axi"
     assert base == EngineConfig()
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_saved_configuration_loads_equal(name, tmp_path):
-    config = preset(name).with_settings(["event_port=false", "threshold=-33"])
+    config = preset(name).with_settings(["event_port=false", "threshold=-33", "buffer=axi"])
     config.save(tmp_path / "config.toml")
     assert EngineConfig.load(tmp_path / "config.toml") == config
 

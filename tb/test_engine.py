@@ -17,7 +17,7 @@ from engine_bench import ObservedTop, RandomTraffic
 from simulation import run_bench, seeds
 from stmoe.register_map import COUNTERS
 from stmoe_golden.checker import Kind, Segment
-from stmoe_golden.config import EngineConfig, preset
+from stmoe_golden.config import PAGE_BYTES, EngineConfig, preset
 
 CONFIGS = {
     "tiny": preset("tiny").replace(
@@ -47,6 +47,16 @@ CONFIGS = {
         gate_levels=3,
         gate_step=100,
     ),  # fmt: skip
+    # The buffer behind AXI; slots that end behind a page, so that bursts are cut there.
+    "behind_axi": preset("tiny").replace(
+        buffer="axi",
+        axi_data_width=512,
+        expert_bytes=4160,
+        max_burst=24,
+        watchdog_cycles=1024,
+        gate_window=4,
+        gate_patience=16,
+    ),
 }
 
 
@@ -66,7 +76,7 @@ def run(name: str, testcase: str, count: int) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_random_traffic_matches_golden(name: str) -> None:
     """Legal and illegal events, commits at any time, stalls on every stream."""
-    run(name, "random_traffic", 10)
+    run(name, "random_traffic", 4 if CONFIGS[name].buffer == "axi" else 10)
 
 
 def test_read_error_is_retried_then_granted() -> None:
@@ -79,6 +89,18 @@ def test_lasting_read_error_gives_error_grants_and_leaks_no_slot() -> None:
 
 def test_memory_that_never_answers_does_not_hang_the_engine() -> None:
     run("tiny", "dead_memory_never_hangs_the_engine", 2)
+
+
+def test_write_errors_are_retried_then_given_up() -> None:
+    run("behind_axi", "write_errors_count_as_read_errors", 1)
+
+
+def test_buffer_that_never_answers_does_not_hang_the_engine() -> None:
+    run("behind_axi", "silent_buffer_never_hangs_the_engine", 1)
+
+
+def test_slots_move_only_when_nothing_is_held_or_under_way() -> None:
+    run("behind_axi", "slots_move_at_rest", 1)
 
 
 def test_full_event_port_loses_nothing() -> None:
@@ -97,6 +119,7 @@ bench = cocotb.test(timeout_time=5, timeout_unit="ms")
 @bench
 async def random_traffic(dut) -> None:
     tb = RandomTraffic(dut, CONFIG)
+    moved = 0
     for seed in SEEDS:
         await tb.reset(seed)
         await tb.program_segments()
@@ -108,12 +131,14 @@ async def random_traffic(dut) -> None:
         assert len(tb.log["grants"]) == CONFIG.top_k * tb.taken["route"]
         checker = tb.check()
         await tb.check_counters(checker)
+        moved += tb.taken["relocation"]
         for channel in tb.axil_channels:
             channel.set_pause_generator(None)
             channel.pause = False
         if seed == SEEDS[-1]:
             await tb.check_tables(checker)
         dut._log.warning("seed %d: %d cycles, %d records", seed, tb.cycle, checker.checked)
+    assert bool(moved) == (CONFIG.buffer == "axi"), "slots that move"
 
 
 @bench
@@ -233,4 +258,88 @@ async def full_event_port_loses_nothing(dut) -> None:
         await tb.drain()
         assert tb.event_waits > 4000
         checker = tb.check()
+        await tb.check_counters(checker)
+
+
+@bench
+async def write_errors_count_as_read_errors(dut) -> None:
+    """A burst fails now and then, one slot always: loads start again, or are given up in the end;
+    what is granted is in the buffer."""
+    tb = RandomTraffic(dut, CONFIG)
+    for seed in SEEDS:
+        await tb.reset(seed)
+        await tb.program_segments()
+        rng, stride = random.Random(seed), CONFIG.slot_pages * PAGE_BYTES
+
+        def fails(address: int, rng=rng, stride=stride) -> bool:
+            return address // stride == 3 or rng.random() < 0.002
+
+        tb.store.fails = fails
+        tb.routes_left = 60
+        await tb.drain()
+        checker = tb.check()
+        assert checker.counters["retries"] > 5 and checker.counters["errors"] > 0
+        assert checker.counters["filled"] > 20
+        tb.check_nothing_lost(checker)
+        await tb.check_counters(checker)
+
+
+@bench
+async def silent_buffer_never_hangs_the_engine(dut) -> None:
+    """No write is ever answered: every grant is an error, the watchdog reports, tokens go on."""
+    tb = RandomTraffic(dut, CONFIG)
+    for seed in SEEDS:
+        await tb.reset(seed, stalls=False)
+        await tb.program_segments(
+            [[Segment(layer << 20, 8192, tb.beats)] for layer in range(CONFIG.num_layers)]
+        )
+        await tb.put("IRQ_ENABLE", 2)
+        tb.store.silent = True
+        tb.illegal = 0
+        tb.event_rate = 0.2
+        tb.routes_left = 20
+        await tb.cycles(300)
+        # A commit that waits for rest, which never comes, holds nothing back for ever.
+        stride = CONFIG.slot_pages * PAGE_BYTES
+        await tb.commit(place=(1 << 32, stride), wait=False)
+        await tb.drain()
+        assert tb.taken["route"] == 20
+        assert await tb.get("STATUS") & 1, "the slots were moved under writes"
+        assert [g[4] for g in tb.log["grants"]] == [1] * (20 * CONFIG.top_k)
+        kinds = Tally(Kind(r.kind).name for r in tb.log["events"])
+        assert kinds["WATCHDOG"] >= 2 and not kinds["FILL_DONE"]
+        assert dut.irq.value == 1 and await tb.get("IRQ_STATUS") & 2
+
+
+@bench
+async def slots_move_at_rest(dut) -> None:
+    """A commit that moves the slots comes under load, with grants held for long: until they are
+    released no route is taken and no prefetch starts; after it every expert is loaded anew."""
+    tb = RandomTraffic(dut, CONFIG)
+    for seed in SEEDS:
+        await tb.reset(seed, stalls=False)
+        tb.illegal, tb.event_rate, tb.delays = 0, 1, (400, 600)
+        await tb.program_segments()
+        stride = CONFIG.slot_pages * PAGE_BYTES
+        moves = []
+        for part in range(1, 5):
+            tb.routes_left = 8 * CONFIG.num_layers
+            await tb.cycles(2500 + 37 * part)
+            assert tb.held and tb.routes_left
+            await tb.commit(place=(part << 32, stride + part * PAGE_BYTES), wait=False)
+            asked = tb.cycle
+            while await tb.get("STATUS") & 1:
+                pass
+            moves.append(asked)
+            await tb.drain()
+        commits = [e for e in tb.log["events"] if e.kind == Kind.REGISTER_COMMIT and e.flag]
+        for asked, event in zip(moves, commits, strict=True):
+            assert event.cycle > asked + 100
+            # One operation may have been begun when the commit came.
+            between = [e for e in tb.log["events"] if asked + 30 < e.cycle < event.cycle]
+            assert any(e.kind == Kind.RELEASE for e in between)
+            assert not any(e.kind == Kind.ROUTE for e in between)
+            assert not any(e.kind == Kind.LOAD_START and e.flag & 1 for e in between)
+        checker = tb.check()
+        tb.check_nothing_lost(checker)
         await tb.check_counters(checker)

@@ -16,7 +16,8 @@ import pytest
 from sim import latency_of
 from sim_run import QUICK, SimulationError, run_simulation
 from simulation import ROOT, seeds
-from stmoe.harness.run_log import check_run, times_of
+from stmoe.harness.content_checker import Fault
+from stmoe.harness.run_log import RunLog, check_run, times_of
 from stmoe_golden.checker import Checker, Kind, Mismatch, Record, Segment, Settings, burst_plan
 from stmoe_golden.config import EngineConfig, preset
 from stmoe_golden.synthetic import markov_trace
@@ -99,6 +100,31 @@ def test_odd_shapes_agree_with_golden(config):
         assert_matches(config, log)
 
 
+BEHIND_AXI = preset("tiny").replace(
+    # A slot is one beat longer than a page, so that its writes are cut.
+    buffer="axi",
+    axi_data_width=512,
+    expert_bytes=4160,
+    max_burst=24,
+)
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_buffer_behind_axi_agrees_with_golden(seed, quick_build):
+    # Read data interleaved by beat with a seed: then most writes are of one beat.
+    memory = {"reorder": 1, "interleave": 1} if seed else {}
+    log = run(BEHIND_AXI, 80, load_ratio=1.5, seed=seed, memory=memory, build_args=QUICK)
+    assert_matches(BEHIND_AXI, log)
+    written = sum(burst.length for burst in log.write_addresses)
+    assert written == log.totals["fill_beats"] > 0
+    assert len(log.write_answers) == len(log.write_addresses)
+    if not seed:
+        # A read burst is one write burst, or two where the slot's page ends in it; those of
+        # cancelled loads are none.
+        loads = sum(event.kind == Kind.LOAD_START for event in log.events)
+        assert len(log.write_addresses) <= len(log.ar) + loads
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared/traces is not here")
 def test_real_20b_routing_resampled_to_tiny_agrees_with_golden():
     # Real locality in a small shape: the first 4 layers, experts folded to 8, duplicates dropped.
@@ -150,9 +176,9 @@ def broken_engine(config: EngineConfig, module: str, old: str, new: str):
             setattr(sys.modules["stmoe"], name.rpartition(".")[2], old_module)
 
 
-def check_finds(factory, *kinds: Kind) -> None:
+def check_finds(factory, *kinds: Kind, config: EngineConfig | None = None) -> RunLog:
     """A run of the broken engine is refused, at a record of one of these kinds."""
-    config = preset("tiny")
+    config = config or preset("tiny")
     try:
         log = run(config, 150, engine_factory=factory, strict=False, build_args=QUICK)
     except SimulationError as error:
@@ -162,6 +188,16 @@ def check_finds(factory, *kinds: Kind) -> None:
     text = str(found.value)
     assert "look at cycle" in text and "golden" in text and "last records" in text
     assert any(f": {kind.name} " in text.splitlines()[0] for kind in kinds), text
+    return log
+
+
+def engine_that_does_not_wait_for_writes(config):
+    return broken_engine(
+        config,
+        "dma_scheduler",
+        "all_here = nothing_owed & ~self.writes_owed",
+        "all_here = nothing_owed",
+    )
 
 
 def engine_with_broken_learner(config):
@@ -193,6 +229,14 @@ def test_broken_victim_choice_is_found():
 
 def test_broken_cancel_is_found():
     check_finds(engine_with_broken_scheduler, Kind.BURST, Kind.FILL_DONE, Kind.LAST_BEAT)
+
+
+def test_a_grant_before_the_last_write_is_answered_is_found(quick_build):
+    log = check_finds(
+        engine_that_does_not_wait_for_writes, Kind.FILL_DONE, Kind.DRAINED, config=BEHIND_AXI
+    )
+    # The content checker sees it by itself: what was granted was not in the buffer.
+    assert Fault.CONTENT in {violation.what for violation in log.violations}
 
 
 # The checker itself ---------------------------------------------------------------------------

@@ -82,6 +82,11 @@ class Settings:
     segments: list[list[Segment]] | None = None
     """Parts of each layer's experts; None: as before. A load keeps to those of its start."""
 
+    buffer_base: int = 0
+    """Byte address of slot 0, where the buffer is behind AXI."""
+    slot_stride: int | None = None
+    """Bytes from one slot to the next there; None: the slot in whole pages, as after reset."""
+
     def refusal(self, config: EngineConfig) -> str | None:
         """Why the engine refuses to commit these; None when it takes them."""
         limit = 1 << (config.score_bits - 1)
@@ -95,6 +100,13 @@ class Settings:
         room = config.num_slots - config.top_k
         if sum(self.quota) > room:
             return f"sum of quotas must be at most {room}, not {sum(self.quota)}"
+        if config.buffer == "axi":
+            least, stride = config.slot_pages * PAGE_BYTES, self.slot_stride
+            if stride is not None and stride < least:
+                return f"slot_stride must be at least {least}, not {stride}"
+            end = self.buffer_base + config.num_slots * (stride or least)
+            if end > 1 << config.axi_addr_width:
+                return f"the last slot must end below 2^{config.axi_addr_width}, not at {end:#x}"
         if self.segments is None:
             return None
         if len(self.segments) != config.num_layers:
@@ -146,6 +158,17 @@ class Transfer:
     promoted: int = -1
     demanded: int = -1
     """Cycle from which it has been a demand."""
+    addressed: int = 0
+    """Buffer behind AXI: beats of this pass whose write address was sent."""
+    written: int = 0
+    """Those of them whose write was answered."""
+    writes: deque[int] = field(default_factory=deque)
+    """Beats of the write bursts that are not answered yet."""
+
+    @property
+    def beats(self) -> int:
+        """Beats of the whole load."""
+        return sum(beats for _, beats in self.plan)
 
 
 class Mismatch(Exception):
@@ -184,6 +207,10 @@ class Checker:
     fills : iterable, optional
         ``(cycle, slot)`` of every handshake of ``fill`` that carried a slot's last beat. With it,
         a cancel and a fill that meet are judged to the cycle; without, only the order of records.
+    write_addresses, write_answers : iterables, optional
+        Where the buffer is behind AXI: handshakes of its AW and B, ``(cycle, id, address, beats)``
+        and ``(cycle, id, resp)``. A load is over only when all its writes are answered, so ends
+        and cancels are judged to the cycle, without ``fills``.
     counters : iterable of str
         Names that the counters start from at 0.
     """
@@ -210,6 +237,8 @@ class Checker:
         addresses: Iterable[tuple[int, int, int, int]] = (),
         last_beats: Iterable[tuple[int, int, int]] = (),
         fills: Iterable[tuple[int, int]] | None = None,
+        write_addresses: Iterable[tuple[int, int, int, int]] = (),
+        write_answers: Iterable[tuple[int, int, int]] = (),
         counters: Iterable[str] = (),
     ):
         self.config = config
@@ -229,6 +258,12 @@ class Checker:
             self.fills = {slot: [] for slot in range(config.num_slots)}
             for cycle, slot in fills:
                 self.fills[slot].append(cycle)
+        self.behind_axi = config.buffer == "axi"
+        self.write_addresses = deque(write_addresses)
+        self.write_answers = deque(write_answers)
+        self.lost: dict[int, Transfer] = {}
+        """Given up by the watchdog: what was on its way to the buffer may still be written."""
+        self.emptied_until = 0
         self.predictor = Predictor(config)
         self.buffer = new_buffer(config)
         self.buffer.quota[:] = self.active.quota
@@ -313,9 +348,10 @@ class Checker:
         self.last_operation = max(self.last_operation, held)
         self.last_link = max(self.last_link, held)
         self.must_have_acted(record, record.cycle - self.quiet_limit)
+        self.follow_writes(record, record.cycle)
         handler(record)
         if record.kind not in BESIDE:
-            self.last_operation = record.cycle
+            self.last_operation = max(record.cycle, self.emptied_until)
             self.prefetch_retried = False
         if record.kind in (Kind.BURST, Kind.LAST_BEAT):
             self.last_link = record.cycle
@@ -342,6 +378,7 @@ class Checker:
         last = self.recent[-1] if self.recent else Record(cycle, 0, 0, 0, 0, 0, 0, 0)
         if not self.recent:
             self.fail(last, "the event log is empty")
+        self.follow_writes(last, 1 << 62)
         self.must_have_acted(last, 1 << 62)
         for name, items in self.inputs.items():
             left = next(items, None)
@@ -370,7 +407,10 @@ class Checker:
         if self.last_operation >= before:
             return
         since = f"since cycle {self.last_operation}"
-        late = [t for t in self.ended if t.last_cycle < before]
+        # How much of a cancelled load is still to be written to a slow buffer is not known.
+        late = [
+            t for t in self.ended if t.last_cycle < before and not (self.behind_axi and t.cancelled)
+        ]
         if late:
             self.fail(record, f"{since} no {late[0].ended} of {late[0]}")
         if self.work:
@@ -382,6 +422,8 @@ class Checker:
         if self.pending and room and (self.free or self.find_victim(self.latest, True)[0] >= 0):
             self.fail(record, f"{since} no LOAD_START for demanded expert {self.pending[0]}")
         startable = self.startable_since is not None and self.startable_since < before
+        # Prefetches are held back while a commit that moves the slots waits.
+        startable &= not (self.settings and self.place(self.settings[0]) != self.place())
         if startable and self.queue and room and self.prefetch_may_start():
             layer, expert = self.find_victim(self.queue_layer, False)
             if self.free or layer >= 0:
@@ -536,7 +578,9 @@ class Checker:
 
     def settle(self, t: Transfer, cycle: int) -> None:
         """After a beat, a cancel or a restart: has the transfer ended?"""
-        if t.owed or t.ended:
+        if t.owed or t.ended or t.writes:
+            return
+        if self.behind_axi and not t.cancelled and t.written < t.beats:
             return
         if t.cancelled:
             t.ended = Kind.DRAINED
@@ -555,9 +599,15 @@ class Checker:
     def next_ended(self, record: Record, index: int) -> Transfer:
         """The transfer that ended first, which the record must be about."""
         waiting = [t for t in self.ended if t.ended != Kind.RETRY]
+        if self.behind_axi:
+            # That of a cancelled load is not known, see `must_have_acted`.
+            ends = [t.last_cycle for t in waiting if not t.cancelled]
+            latest = min(ends, default=1 << 62) + 2 * self.END_LAG
+            waiting = [t for t in waiting if t.cancelled or t.last_cycle <= latest]
         for t in waiting:
             # Transfers that end within a few cycles of each other may change places.
-            if self.fills is None and t.last_cycle > waiting[0].last_cycle + 2 * self.END_LAG:
+            ordered = self.fills is None and not self.behind_axi
+            if ordered and t.last_cycle > waiting[0].last_cycle + 2 * self.END_LAG:
                 break
             if t.index == index and t.ended == record.kind:
                 # A stalled `fill` delays ends by any time; one that has filled long ago goes first.
@@ -569,6 +619,71 @@ class Checker:
                 return t
         self.fail(record, f"the next transfer to end is {waiting[0] if waiting else None}")
         raise AssertionError
+
+    # Writes to a buffer behind AXI ------------------------------------------------------------
+
+    def place(self, settings: Settings | None = None) -> tuple[int, int]:
+        """(base, stride) of the slots, in bytes; of the active settings unless others are given."""
+        s = self.active if settings is None else settings
+        stride = s.slot_stride
+        return s.buffer_base, self.config.slot_pages * PAGE_BYTES if stride is None else stride
+
+    def follow_writes(self, record: Record, before: int) -> None:
+        """Take in what passed on the buffer's bus in all cycles before this one."""
+        addresses, answers = self.write_addresses, self.write_answers
+        while True:
+            address = addresses[0][0] if addresses else before
+            answer = answers[0][0] if answers else before
+            if min(address, answer) >= before:
+                return
+            if address <= answer:
+                self.write_address(record, *addresses.popleft())
+            else:
+                self.write_answer(record, *answers.popleft())
+
+    def writing(self, record: Record, what: str, index: int) -> Transfer:
+        """The transfer that an AXI ID on the buffer's bus belongs to."""
+        t = self.lost.get(index) or self.transfers.get(index)
+        if t is None:
+            self.fail(record, f"before it, {what}: transfer {index} is not in flight")
+        assert t is not None
+        return t
+
+    def write_address(
+        self, record: Record, cycle: int, index: int, address: int, beats: int
+    ) -> None:
+        """AW: the next beats of that load, at their place in its slot."""
+        c = self.config
+        what = f"the write of {beats} beats to {address:#x} in cycle {cycle}"
+        t = self.writing(record, what, index)
+        base, stride = self.place()
+        wanted = base + t.slot * stride + t.addressed * c.beat_bytes
+        if address != wanted:
+            self.fail(record, f"before it, {what} ought to be to {wanted:#x}: {t}")
+        if not 1 <= beats <= c.burst_beats or t.addressed + beats > t.beats:
+            self.fail(record, f"before it, {what} is too long: {t}")
+        if address % PAGE_BYTES + beats * c.beat_bytes > PAGE_BYTES:
+            self.fail(record, f"before it, {what} crosses 4 KiB")
+        t.addressed += beats
+        t.writes.append(beats)
+        if t.ended:
+            # Cancelled, and no more was known to be on its way.
+            self.ended.remove(t)
+            t.ended = None
+        owed = sum(len(x.writes) for x in (*self.transfers.values(), *self.lost.values()))
+        if owed > c.max_outstanding:
+            self.fail(record, f"before it, {what} is one of {owed} on their way")
+
+    def write_answer(self, record: Record, cycle: int, index: int, resp: int) -> None:
+        """B: the oldest burst of that load is in the buffer, or could not be written."""
+        what = f"the answer {resp} in cycle {cycle}"
+        t = self.writing(record, what, index)
+        if not t.writes:
+            self.fail(record, f"before it, {what} is to no write: {t}")
+        t.written += t.writes.popleft()
+        t.failed |= resp >= 2
+        if self.transfers.get(index) is t:
+            self.settle(t, cycle)
 
     # Records ----------------------------------------------------------------------------------
 
@@ -799,8 +914,12 @@ class Checker:
         if t is None or t.cancelled or not t.prefetch:
             self.fail(record, f"transfer {record.data} is not a prefetch under way")
         assert t is not None
-        if not t.failed and self.filled(t, record.cycle):
+        # The engine decides in the cycle before the record, and sees an answer a cycle after it.
+        if not t.failed and self.filled(t, record.cycle - 1):
             self.fail(record, "its last beat is in the buffer: the fill wins")
+        over = t.ended not in (None, Kind.RETRY) and t.last_cycle < record.cycle - 1
+        if self.behind_axi and over:
+            self.fail(record, "its last write was answered: the fill wins")
         if record.flag:
             if self.free or not self.pending:
                 self.fail(record, "no demand lacks a slot")
@@ -894,6 +1013,7 @@ class Checker:
         self.expect(record, expert=t.index)
         self.ended.remove(t)
         t.ended, t.failed, t.issued = None, False, 0
+        t.addressed = t.written = 0
         t.retries += 1
         t.since = t.demanded = record.cycle
         self.prefetch_retried |= t.prefetch
@@ -937,6 +1057,8 @@ class Checker:
         assert t is not None
         self.fail_load(record, t)
         self.quarantined.add(t.slot)
+        if self.behind_axi:
+            self.lost[t.index] = t
         self.count("timeouts")
 
     def fail_load(self, record: Record, t: Transfer) -> None:
@@ -987,15 +1109,35 @@ class Checker:
             self.mirror[layer, expert] = Lane.READY
 
     def _register_commit(self, record: Record) -> None:
-        self.expect(record)
         if not self.settings:
             self.fail(record, "no register commit was requested")
         before, self.active = self.active, self.settings.popleft()
+        moved = self.place() != self.place(before)
+        self.expect(record, flag=int(moved))
+        if moved:
+            self.empty(record)
         self.buffer.quota[:] = self.active.quota
         if self.active.segments is not None:
             self.segments = self.active.segments
         self.gate_params = self.params_of_gate()
         self.threshold_due = self.active.threshold != before.threshold
+
+    def empty(self, record: Record) -> None:
+        """The slots lie elsewhere from now on: what they held is no longer resident."""
+        c, b = self.config, self.buffer
+        if self.transfers or self.pending:
+            self.fail(record, "the slots were moved under a load")
+        if any(self.pins) or any(not grant[3] for grant in self.grants):
+            self.fail(record, "the slots were moved while an expert was granted")
+        for slot, place in enumerate(self.occupant):
+            if place is None or b.slot[place] != slot:
+                continue
+            b.lane[place], b.slot[place] = Lane.NONE, -1
+            self.mirror[place] = Lane.NONE
+            b.held[place[0]] -= 1
+            self.occupant[slot] = None
+            self.free.append(slot)
+        self.emptied_until = record.cycle + max(c.num_layers, c.num_slots) + 4
 
     def _threshold(self, record: Record) -> None:
         mask = (1 << self.config.score_bits) - 1

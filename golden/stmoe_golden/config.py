@@ -40,6 +40,12 @@ def _param(default: Any, unit: str, low: int, high: int, doc: str) -> Any:
     return field(default=default, metadata={"unit": unit, "low": low, "high": high, "doc": doc})
 
 
+def _choice(default: str, choices: tuple[str, ...], doc: str) -> Any:
+    return field(
+        default=default, metadata={"unit": "", "low": 0, "high": 0, "choices": choices, "doc": doc}
+    )
+
+
 def _flag(default: bool, doc: str) -> Any:
     return field(default=default, metadata={"unit": "", "low": 0, "high": 1, "doc": doc})
 
@@ -95,6 +101,9 @@ class EngineConfig:
         1 << 26,
         "largest expert, and the slot stride, which is rounded up to beats",
     )
+    buffer: str = _choice(
+        "banks", ("banks", "axi"), "on-chip banks behind `fill`, or memory behind AXI4 writes"
+    )
     retry_limit: int = _param(3, "retries", 0, 15, "reloads after a read error")
     watchdog_cycles: int = _param(
         1 << 20, "cycles", 1 << 8, (1 << 31) - 1, "AXI silence after which a load is given up"
@@ -108,6 +117,11 @@ class EngineConfig:
             if isinstance(f.default, bool):
                 if not isinstance(value, bool):
                     raise ConfigError(f"{f.name} must be true or false, not {value!r}")
+                continue
+            if "choices" in f.metadata:
+                if value not in f.metadata["choices"]:
+                    allowed = " or ".join(f.metadata["choices"])
+                    raise ConfigError(f"{f.name} must be {allowed}, not {value}")
                 continue
             low, high = f.metadata["low"], f.metadata["high"]
             if isinstance(value, bool) or not isinstance(value, int):
@@ -159,6 +173,13 @@ class EngineConfig:
             raise ConfigError(
                 f"quota * num_layers + staging must be at most 4096 slots, not {self.num_slots}"
             )
+        if self.buffer == "axi" and self.num_slots * self.slot_pages * PAGE_BYTES > (
+            1 << self.axi_addr_width
+        ):
+            raise ConfigError(
+                f"num_slots * expert_bytes must fit in {self.axi_addr_width} address bits where "
+                f"buffer is axi, not {self.num_slots} * {self.expert_bytes}"
+            )
         if self.transfers < self.top_k:
             raise ConfigError(
                 f"num_transfers must be 0 or at least top_k ({self.top_k}), "
@@ -206,6 +227,11 @@ class EngineConfig:
     def slot_beats(self) -> int:
         """Beats of a slot: ``expert_bytes``, rounded up."""
         return -(-self.expert_bytes // self.beat_bytes)
+
+    @property
+    def slot_pages(self) -> int:
+        """Pages of 4 KiB that hold a slot, where the buffer is behind AXI."""
+        return -(-self.slot_beats * self.beat_bytes // PAGE_BYTES)
 
     @property
     def burst_beats(self) -> int:
@@ -307,6 +333,9 @@ class EngineConfig:
             if value in ("true", "false"):
                 changes[name] = value == "true"
                 continue
+            if isinstance(getattr(self, name, None), str):
+                changes[name] = value
+                continue
             try:
                 changes[name] = int(value, 0)
             except ValueError:
@@ -340,6 +369,7 @@ class EngineConfig:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             text = str(value).lower() if isinstance(value, bool) else str(value)
+            text = f'"{value}"' if isinstance(value, str) else text
             unit = f" [{f.metadata['unit']}]" if f.metadata["unit"] else ""
             lines.append(f"{f.name} = {text}  # {f.metadata['doc']}{unit}")
         Path(path).write_text("\n".join(lines) + "\n")
@@ -351,6 +381,7 @@ class EngineConfig:
         for f in dataclasses.fields(cls):
             m = f.metadata
             allowed = "true, false" if isinstance(f.default, bool) else f"{m['low']} to {m['high']}"
+            allowed = ", ".join(m.get("choices", ())) or allowed
             default = str(f.default).lower() if isinstance(f.default, bool) else f.default
             lines.append(f"| `{f.name}` | {default} | {m['unit']} | {allowed} | {m['doc']} |")
         return "\n".join(lines)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conventional flat names of an AXI4 read manager, for Verilog and for third-party models."""
+"""The conventional flat names of AXI4 managers, for Verilog and for third-party models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from amaranth.lib.wiring import In, Member, Out
 
 from stmoe_golden.config import EngineConfig
 
-__all__ = ["connect_axi4_read", "flat_axi4_read_ports"]
+__all__ = [
+    "connect_axi4_read",
+    "connect_axi4_write",
+    "flat_axi4_read_ports",
+    "flat_axi4_write_ports",
+]
 
 BURST_INCR = 0b01
 CACHE_NORMAL_BUFFERABLE = 0b0011
@@ -88,4 +93,84 @@ def connect_axi4_read(
         native.r.payload.last.eq(port("rlast")),
         native.r.valid.eq(port("rvalid")),
         port("rready").eq(native.r.ready),
+    ]
+
+
+def flat_axi4_write_ports(config: EngineConfig, *, prefix: str = "m_axi_buf") -> dict[str, Member]:
+    """Members of a component that is an AXI4 write manager: ``m_axi_buf_awaddr`` and so on.
+
+    Parameters
+    ----------
+    config : :class:`EngineConfig`
+    prefix : str
+        What the names begin with.
+    """
+    ports = {
+        "awid": Out(config.transfer_bits),
+        "awaddr": Out(config.axi_addr_width),
+        "awlen": Out(8),
+        "awsize": Out(3),
+        "awburst": Out(2),
+        "awlock": Out(1),
+        "awcache": Out(4),
+        "awprot": Out(3),
+        "awqos": Out(4),
+        "awvalid": Out(1),
+        "awready": In(1),
+        "wdata": Out(config.axi_data_width),
+        "wstrb": Out(config.beat_bytes),
+        "wlast": Out(1),
+        "wvalid": Out(1),
+        "wready": In(1),
+        "bid": In(config.transfer_bits),
+        "bresp": In(2),
+        "bvalid": In(1),
+        "bready": Out(1),
+    }
+    return {f"{prefix}_{name}": member for name, member in ports.items()}
+
+
+def connect_axi4_write(
+    m: Module, config: EngineConfig, flat: Any, native: Any, *, prefix: str = "m_axi_buf"
+) -> None:
+    """Connect the flat members of ``flat`` to ``native``.
+
+    Bursts are INCR, of full-width beats with every byte strobed, normal, bufferable and not
+    exclusive, of the lowest quality of service.
+
+    Parameters
+    ----------
+    m : :class:`Module`
+        Gets the (combinational) connections.
+    config : :class:`EngineConfig`
+    flat : component
+        Has the members of :func:`flat_axi4_write_ports`; seen from inside.
+    native : interface
+        The ``buffer`` member of a manager, of signature ``Out(axi4_write_signature(config))``.
+    """
+
+    def port(name: str) -> Any:
+        return getattr(flat, f"{prefix}_{name}")
+
+    m.d.comb += [
+        port("awid").eq(native.aw.payload.id),
+        port("awaddr").eq(native.aw.payload.addr),
+        port("awlen").eq(native.aw.payload.len),
+        port("awsize").eq((config.beat_bytes - 1).bit_length()),
+        port("awburst").eq(BURST_INCR),
+        port("awlock").eq(0),
+        port("awcache").eq(CACHE_NORMAL_BUFFERABLE),
+        port("awprot").eq(PROT_UNPRIVILEGED_SECURE_DATA),
+        port("awqos").eq(0),
+        port("awvalid").eq(native.aw.valid),
+        native.aw.ready.eq(port("awready")),
+        port("wdata").eq(native.w.payload.data),
+        port("wstrb").eq((1 << config.beat_bytes) - 1),
+        port("wlast").eq(native.w.payload.last),
+        port("wvalid").eq(native.w.valid),
+        native.w.ready.eq(port("wready")),
+        native.b.payload.id.eq(port("bid")),
+        native.b.payload.resp.eq(port("bresp")),
+        native.b.valid.eq(port("bvalid")),
+        port("bready").eq(native.b.ready),
     ]

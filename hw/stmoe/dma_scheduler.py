@@ -102,6 +102,12 @@ class DmaScheduler(wiring.Component):
     given up: TIMEOUT. Their AXI IDs are not used again, their late beats are discarded, and their
     bursts count as outstanding until their last beat comes. The others go on.
 
+    **Buffer behind AXI.** With ``config.buffer`` = axi a transfer also has its end only when no
+    write is owed to it (``writes_owed``), its cancel is late only from then on, a failed write
+    counts as a read error, and the watchdog counts what is owed by the buffer, handshakes on its
+    bus, and beats only in the cycle in which they are taken: a buffer that has gone silent is
+    found as a memory is.
+
     **Dead.** When a watchdog finds an address still presented, or all transfers or all
     outstanding bursts lost, ``dead`` is high until reset. Nothing is presented any more (an
     address that was stays), ``prefetch_ready`` is low, and every ``start`` is taken and completes
@@ -163,11 +169,24 @@ class DmaScheduler(wiring.Component):
         There is a transfer whose completion has not been taken.
     dead : :py:`Out(1)`
         See above.
+    fill_transfer, fill_last, expired : Out
+        With a buffer behind AXI, for :class:`BufferWriter`: transfer of the beat on ``fill`` or
+        discarded, whether it is the last of its burst; the watchdog gives loads up.
+    writes_owed, write_failed, write_moved : In
+        With a buffer behind AXI, from :class:`BufferWriter`: its ``owed``, ``failed``, ``moved``.
     """
 
     def __init__(self, config: EngineConfig):
         self._config = config
         transfer = config.transfer_bits
+        writer = {
+            "fill_transfer": Out(transfer),
+            "fill_last": Out(1),
+            "expired": Out(1),
+            "writes_owed": In(config.transfers),
+            "write_failed": In(config.transfers),
+            "write_moved": In(1),
+        }
         super().__init__(
             {
                 "start": In(stream.Signature(load_layout(config))),
@@ -191,6 +210,7 @@ class DmaScheduler(wiring.Component):
                 "discard": Out(1),
                 "busy": Out(1),
                 "dead": Out(1),
+                **(writer if config.buffer == "axi" else {}),
             }
         )
 
@@ -199,6 +219,7 @@ class DmaScheduler(wiring.Component):
         config = self._config
         count = config.transfers
         index_bits = config.transfer_bits
+        behind_axi = config.buffer == "axi"
 
         def here(index: Value, condition: Value) -> Value:
             """Bit ``index`` of ``count`` bits, when ``condition``."""
@@ -350,8 +371,11 @@ class DmaScheduler(wiring.Component):
         m.d.comb += [
             beat_here.eq(beat.here & ~nothing_owed & all_of(taken)),
             last_here.eq(beat_here & all_of(beat.last)),
-            error_here.eq(beat_here & all_of(beat.error)),
         ]
+        wrong_here = beat_here & all_of(beat.error)
+        if behind_axi:
+            wrong_here |= self.write_failed
+        m.d.comb += error_here.eq(wrong_here)
 
         first_beat = Signal()
         m.d.comb += first_beat.eq((unfilled & beat.here).any())
@@ -385,8 +409,11 @@ class DmaScheduler(wiring.Component):
         ends_here = Signal(count)
         ends = Signal()
         ending = Signal(index_bits)
+        all_here = nothing_owed
+        if behind_axi:
+            all_here = nothing_owed & ~self.writes_owed
         m.d.comb += [
-            at_end.eq(live & ~unissued & (nothing_owed | lost)),
+            at_end.eq(live & ~unissued & (all_here | lost)),
             wants_retry.eq(failed & may_retry & ~cancelled),
             completes.eq(at_end & ~wants_retry),
             going.eq(live & ~completes),
@@ -424,7 +451,8 @@ class DmaScheduler(wiring.Component):
         promote_here = Signal(count)
         promote_issues = Signal()
         m.d.comb += [
-            last_filled.eq(beats.o.valid & self.fill.ready & beat.last),
+            # Behind AXI no beat is the end: its answer is.
+            last_filled.eq(0 if behind_axi else beats.o.valid & self.fill.ready & beat.last),
             completing.eq(
                 beat.here
                 & last_owed
@@ -552,6 +580,24 @@ class DmaScheduler(wiring.Component):
             ),
             expired_here.eq(going & all_of(expire)),
         ]
+        if behind_axi:
+            m.d.comb += [
+                self.fill_transfer.eq(beat.id),
+                self.fill_last.eq(beat.last),
+                self.expired.eq(expire),
+                waiting.eq(
+                    (used & (~nothing_owed | self.writes_owed) & ~lost).any()
+                    | (self.axi.ar.valid & ~self.dead)
+                ),
+                active.eq(
+                    ~waiting
+                    | expire
+                    | (self.axi.ar.valid & self.axi.ar.ready)
+                    | (self.axi.r.valid & self.axi.r.ready)
+                    | taken
+                    | self.write_moved
+                ),
+            ]
         m.d.sync += [
             silence.eq(Mux(active, 0, silence + 1)),
             expire.eq(~active & (silence == config.watchdog_cycles - 1)),

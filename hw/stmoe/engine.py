@@ -9,12 +9,14 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 
 from stmoe_golden.config import EngineConfig
 
+from .buffer_writer import BufferWriter
 from .dma_scheduler import DmaScheduler
 from .event_port import EventPort
 from .payloads import (
     EventKind,
     axi4_lite_signature,
     axi4_read_signature,
+    axi4_write_signature,
     event_layout,
     fill_layout,
     grant_layout,
@@ -54,7 +56,9 @@ class Engine(wiring.Component):
     axi : :py:`Out(axi4_read_signature(config))`
         Reads the experts.
     fill : :py:`Out(stream.Signature(fill_layout(config)))`
-        Writes them into the buffer.
+        Writes them into the buffer, where ``config.buffer`` is banks.
+    buffer : :py:`Out(axi4_write_signature(config))`
+        Writes them into the buffer, where ``config.buffer`` is axi.
     axil : :py:`In(axi4_lite_signature(addr_width(config)))`
         Registers, see docs/registers.md.
     events : :py:`Out(stream.Signature(event_layout(config)))`
@@ -73,7 +77,11 @@ class Engine(wiring.Component):
             "grant": Out(stream.Signature(grant_layout(c))),
             "release": In(stream.Signature(release_layout(c))),
             "axi": Out(axi4_read_signature(c)),
-            "fill": Out(stream.Signature(fill_layout(c))),
+            **(
+                {"buffer": Out(axi4_write_signature(c))}
+                if c.buffer == "axi"
+                else {"fill": Out(stream.Signature(fill_layout(c)))}
+            ),
             "axil": In(axi4_lite_signature(addr_width(c))),
             "irq": Out(1),
         }
@@ -92,7 +100,24 @@ class Engine(wiring.Component):
         for name in ("token", "route", "release", "grant"):
             connect(m, getattr(manager, name), flipped(getattr(self, name)))
         connect(m, dma.axi, flipped(self.axi))
-        connect(m, dma.fill, flipped(self.fill))
+        if c.buffer == "axi":
+            m.submodules.writer = writer = BufferWriter(c)
+            connect(m, dma.fill, writer.fill)
+            connect(m, writer.axi, flipped(self.buffer))
+            m.d.comb += [
+                writer.fill_transfer.eq(dma.fill_transfer),
+                writer.fill_last.eq(dma.fill_last),
+                writer.drop.eq(dma.discard),
+                writer.abort.eq(dma.expired),
+                writer.place.eq(registers.place),
+                dma.writes_owed.eq(writer.owed),
+                dma.write_failed.eq(writer.failed),
+                dma.write_moved.eq(writer.moved),
+                manager.relocates.eq(registers.relocates),
+                manager.writer_idle.eq(writer.idle),
+            ]
+        else:
+            connect(m, dma.fill, flipped(self.fill))
         connect(m, registers.axil, flipped(self.axil))
         connect(m, registers.segment_write, dma.segment_write)
         m.d.comb += [

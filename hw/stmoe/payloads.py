@@ -7,7 +7,7 @@ from amaranth.hdl import Cat, Const, Value, ValueLike, signed, unsigned
 from amaranth.lib import data, enum, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from stmoe_golden.config import NUM_SEGMENTS, EngineConfig
+from stmoe_golden.config import NUM_SEGMENTS, PAGE_BYTES, EngineConfig
 from stmoe_golden.records import Kind
 
 __all__ = [
@@ -15,7 +15,9 @@ __all__ = [
     "CompletionStatus",
     "EventKind",
     "axi4_read_signature",
+    "axi4_write_signature",
     "axi4_lite_signature",
+    "buffer_place_layout",
     "completion_layout",
     "event_data_bits",
     "event_layout",
@@ -200,6 +202,33 @@ def axi4_read_signature(config: EngineConfig) -> wiring.Signature:
         {"id": config.transfer_bits, "data": config.axi_data_width, "resp": 2, "last": 1}
     )
     return wiring.Signature({"ar": Out(stream.Signature(ar)), "r": In(stream.Signature(r))})
+
+
+def axi4_write_signature(config: EngineConfig) -> wiring.Signature:
+    """AXI4 write channels, seen from the manager: ``aw`` and ``w`` out, ``b`` in.
+
+    Bursts are INCR, of full-width beats with all bytes strobed, and never cross 4 KiB. The data of
+    bursts come in the order of their addresses.
+    """
+    aw = data.StructLayout({"id": config.transfer_bits, "addr": config.axi_addr_width, "len": 8})
+    w = data.StructLayout({"data": config.axi_data_width, "last": 1})
+    b = data.StructLayout({"id": config.transfer_bits, "resp": 2})
+    return wiring.Signature(
+        {
+            "aw": Out(stream.Signature(aw)),
+            "w": Out(stream.Signature(w)),
+            "b": In(stream.Signature(b)),
+        }
+    )
+
+
+def buffer_place_layout(config: EngineConfig) -> data.StructLayout:
+    """Where a buffer behind AXI lies, in pages of 4 KiB: slot ``s`` begins at page
+    ``base + s * stride``."""
+    page_shift = (PAGE_BYTES - 1).bit_length()
+    return data.StructLayout(
+        {"base": config.axi_addr_width - page_shift, "stride": 32 - page_shift}
+    )
 
 
 def axi4_lite_signature(addr_width: int) -> wiring.Signature:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from stmoe_golden.config import (
     FRACTION_BITS,
     NUM_SEGMENTS,
+    PAGE_BYTES,
     PRESETS,
     ConfigError,
     EngineConfig,
@@ -327,6 +328,13 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
             ("axi_data_width", 0, 16, config.axi_data_width, "AXI read data width in bits"),
             ("axi_addr_width", 16, 8, config.axi_addr_width, "AXI address width in bits"),
             ("event_port", 24, 1, int(config.event_port), "the event port is built"),
+            (
+                "buffer_axi",
+                25,
+                1,
+                int(config.buffer == "axi"),
+                "the buffer is behind AXI: BUFFER_BASE_LOW, BUFFER_BASE_HIGH and SLOT_STRIDE exist",
+            ),
         ),
         constant(
             "CAPABILITY4",
@@ -521,6 +529,7 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
             f"weight that does not exist, or when no pause came in {TABLE_PATIENCE} cycles "
             "(an event waits for the accelerator, say): read again then.",
         ),
+        *(_place_registers(config) if config.buffer == "axi" else ()),
         Register(
             "COUNTER",
             0x100,
@@ -631,6 +640,54 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
     )
 
 
+def _place_registers(config: EngineConfig) -> tuple[Register, ...]:
+    """Where a buffer behind AXI lies. All of it begins on pages of 4 KiB."""
+    rw, page = Access.RW, (PAGE_BYTES - 1).bit_length()
+    high_bits = config.axi_addr_width - 32
+    base = "byte address of slot 0, a multiple of 4096"
+    what = (
+        "(shadow: takes effect at a commit). A commit that changes where slots lie waits until no "
+        "load is under way and every grant has been released, holding routes and prefetches back, "
+        "and empties the buffer: no expert is resident after it. It is refused where SLOT_STRIDE "
+        f"is less than a slot ({config.slot_pages * PAGE_BYTES} bytes), or where the last slot "
+        f"would end beyond {config.axi_addr_width} address bits."
+    )
+    return (
+        Register(
+            "BUFFER_BASE_LOW",
+            0x060,
+            rw,
+            0,
+            (Field("base", page, 32 - page, rw, f"{base}, low bits, in place"),),
+            f"Where the expert buffer lies {what}",
+        ),
+        Register(
+            "BUFFER_BASE_HIGH",
+            0x064,
+            rw,
+            0,
+            (Field("base", 0, high_bits, rw, f"{base}, high bits"),) if high_bits else (),
+            "Upper part of BUFFER_BASE_LOW.",
+        ),
+        Register(
+            "SLOT_STRIDE",
+            0x068,
+            rw,
+            config.slot_pages * PAGE_BYTES,
+            (
+                Field(
+                    "stride",
+                    page,
+                    32 - page,
+                    rw,
+                    "bytes from one slot to the next, a multiple of 4096, in place",
+                ),
+            ),
+            f"How far apart slots lie {what}",
+        ),
+    )
+
+
 def addr_width(config: EngineConfig) -> int:
     """Bits of a byte address that reach every register."""
     last = max(r.at(*(dim.count - 1 for dim in r.dims)) for r in registers(config))
@@ -696,6 +753,17 @@ def markdown(config: EngineConfig) -> str:
         "has changed. Else commit_pending falls when the engine has taken over all of it, in one "
         "cycle. Segments are committed before the first token.",
         "",
+        *(
+            ()
+            if config.buffer == "axi"
+            else (
+                "Where the buffer is behind AXI (`buffer = axi`) there are also BUFFER_BASE_LOW "
+                "(0x060), BUFFER_BASE_HIGH (0x064) and SLOT_STRIDE (0x068), which belong to the "
+                "same commit; `python -m stmoe.register_map --markdown --config FILE.toml` prints "
+                "that map.",
+                "",
+            )
+        ),
         "## Map",
         "",
         "| offset | register | access | reset | elements |",

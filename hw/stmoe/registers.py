@@ -13,7 +13,12 @@ from amaranth.lib.wiring import In, Out
 
 from stmoe_golden.config import NUM_SEGMENTS, EngineConfig
 
-from .payloads import CYCLE_BITS, axi4_lite_signature, segment_write_layout
+from .payloads import (
+    CYCLE_BITS,
+    axi4_lite_signature,
+    buffer_place_layout,
+    segment_write_layout,
+)
 from .register_map import (
     COUNTERS,
     TABLE_PATIENCE,
@@ -38,6 +43,9 @@ SEGMENT_WORDS = 4
 
 LAYER_WORDS = SEGMENT_WORDS * NUM_SEGMENTS
 """Of all segments of a layer; one address follows the other."""
+
+PLACE = ("BUFFER_BASE_LOW", "BUFFER_BASE_HIGH", "SLOT_STRIDE")
+"""Those of a buffer behind AXI, which a pending commit keeps as well."""
 
 
 def _small_counter(bits: int) -> tuple[list[int], tuple[int, ...]]:
@@ -268,6 +276,10 @@ class Registers(wiring.Component):
         Level: an enabled bit of IRQ_STATUS is set.
     cycle : :py:`Out(CYCLE_BITS)`
         Clock cycles since reset (0 in the first): the engine's common time.
+    place : :py:`Out(buffer_place_layout(config))`
+        With a buffer behind AXI: where it lies, active.
+    relocates : :py:`Out(1)`
+        With a buffer behind AXI, while ``commit_request`` is high: the set has another ``place``.
     """
 
     def __init__(self, config: EngineConfig, *, counter_bits: int = 32) -> None:
@@ -282,6 +294,13 @@ class Registers(wiring.Component):
         self.counter_bits = counter_bits
         self.addr_width = addr_width(config)
         score = signed(config.score_bits)
+        self.behind_axi = config.buffer == "axi"
+        place = {
+            "place": Out(
+                buffer_place_layout(config), init={"base": 0, "stride": config.slot_pages}
+            ),
+            "relocates": Out(1),
+        }
         super().__init__(
             {
                 "axil": In(axi4_lite_signature(self.addr_width)),
@@ -314,6 +333,7 @@ class Registers(wiring.Component):
                 "illegal": In(1),
                 "irq": Out(1),
                 "cycle": Out(CYCLE_BITS),
+                **(place if self.behind_axi else {}),
             }
         )
 
@@ -498,10 +518,11 @@ class Registers(wiring.Component):
         # The bus -------------------------------------------------------------------------------
 
         held = Signal()
+        shadow = (*SHADOW, *PLACE) if self.behind_axi else SHADOW
         m.d.comb += held.eq(
             writing
             & (
-                (any_hit(SHADOW) & self.commit_request)
+                (any_hit(shadow) & self.commit_request)
                 | (hit["COMMIT"] & segments_changed & self.old_segments)
             )
         )
@@ -519,6 +540,15 @@ class Registers(wiring.Component):
         # is taken in FETCH.
         fetched = Signal()
         m.d.sync += fetched.eq(state == _State.FETCH)
+        illegal = (
+            quota_bad
+            | threshold_bad
+            | (total > config.num_slots)
+            | (segment_bad & segments_changed)
+        )
+        if self.behind_axi:
+            place_bad = Signal()
+            illegal |= place_bad
         with m.Switch(state):
             with m.Case(_State.RESET):
                 m.d.sync += place.eq(place + 1)
@@ -614,12 +644,7 @@ class Registers(wiring.Component):
                     with m.If(place == LAYER_WORDS * config.num_layers + 1):
                         m.d.comb += [
                             answer_write.eq(1),
-                            refused.eq(
-                                quota_bad
-                                | threshold_bad
-                                | (total > config.num_slots)
-                                | (segment_bad & segments_changed)
-                            ),
+                            refused.eq(illegal),
                         ]
                         m.d.sync += [state.eq(_State.IDLE), self.commit_request.eq(~refused)]
 
@@ -723,4 +748,25 @@ class Registers(wiring.Component):
                 self.threshold.eq(next_threshold),
                 self.quota.eq(next_quota),
             ]
+        if self.behind_axi:
+            # Judged in three steps, long after the last write and long before the check is over.
+            wanted_place = Signal.like(self.place)
+            pages = len(self.place.base)
+            page_bits = config.axi_addr_width - pages
+            extent = Signal(len(self.place.stride) + config.num_slots.bit_length())
+            end = Signal(max(len(extent), pages) + 1)
+            m.d.comb += [
+                wanted_place.base.eq(
+                    (shown["BUFFER_BASE_LOW"] | shown["BUFFER_BASE_HIGH"] << 32) >> page_bits
+                ),
+                wanted_place.stride.eq(shown["SLOT_STRIDE"] >> page_bits),
+            ]
+            m.d.sync += [
+                extent.eq(wanted_place.stride * config.num_slots),
+                end.eq(extent + wanted_place.base),
+                place_bad.eq((end > 1 << pages) | (wanted_place.stride < config.slot_pages)),
+                self.relocates.eq(wanted_place != self.place),
+            ]
+            with m.If(self.committed):
+                m.d.sync += self.place.eq(wanted_place)
         return m

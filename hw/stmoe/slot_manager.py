@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, signed, unsigned
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, enum, fifo, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -89,6 +89,13 @@ class SlotManager(wiring.Component):
     3 later; the load of the first missing expert is handed to the DMA scheduler 1 later when a
     slot is free, 8 + ceil(log2(E)) later when a victim is to be chosen.
 
+    **Relocation.** With ``config.buffer`` = axi a register commit may change where slots lie. It is
+    begun only when no load is under way, every grant has been released and no write is owed; until
+    then no route is judged and no prefetch started (unless a watchdog has given loads up: then
+    others go on, as a buffer that is silent would hold them for ever). It empties the buffer: all
+    resident experts leave the map, their slots become free in ascending order, behind those that
+    were free. Nothing is counted as evicted. It takes max(num_layers, num_slots) + 3 cycles.
+
     Parameters
     ----------
     config : :class:`EngineConfig`
@@ -105,6 +112,8 @@ class SlotManager(wiring.Component):
         The DMA scheduler's side of :class:`stmoe.dma_scheduler.DmaScheduler`.
     register_request, register_grant, threshold_changed, threshold, quota, adaptive
         From and to the registers; ``threshold`` is the static one.
+    relocates, writer_idle : In
+        With a buffer behind AXI: the waiting commit changes where slots lie; no write is owed.
     select_threshold : Out
         Threshold of the ``select_layer`` of two cycles before, for the predictor.
     hold : In
@@ -122,6 +131,8 @@ class SlotManager(wiring.Component):
     def __init__(self, config: EngineConfig):
         self.config = c = config
         experts = c.num_experts
+        self.behind_axi = c.buffer == "axi"
+        writer = {"relocates": In(1), "writer_idle": In(1)}
         super().__init__(
             {
                 "token": In(stream.Signature(token_layout(c))),
@@ -171,6 +182,7 @@ class SlotManager(wiring.Component):
                 "increment": Out(len(COUNTERS)),
                 "initialised": Out(1),
                 "busy": Out(1),
+                **(writer if self.behind_axi else {}),
             }
         )
 
@@ -619,6 +631,21 @@ class SlotManager(wiring.Component):
         walk_length = max(layers, c.num_slots)
         walk = Signal(range(walk_length + 1))
 
+        # A commit that moves the slots waits for rest, and lets nothing begin that ends it.
+        may_commit: Value = self.register_request
+        if self.behind_axi:
+            at_rest, timed_out, relocated = Signal(), Signal(), Signal()
+            sweep, swept_slot = Signal(range(walk_length + 2)), Signal(c.slot_bits)
+            m.d.comb += at_rest.eq(
+                self.writer_idle
+                & ~loading.any()
+                & (draining == 0)
+                & (pending == 0)
+                & (outstanding == 0)
+            )
+            may_commit = self.register_request & (~self.relocates | at_rest)
+            may_load = ~(self.register_request & self.relocates) | timed_out
+
         with m.FSM(init="CLEAR") as fsm:
             # What is read is told by as little as possible, not by which operation comes next: in
             # BEGIN whatever may be wanted then, during a search and START the victim's.
@@ -694,7 +721,7 @@ class SlotManager(wiring.Component):
                     Operation.DISPROVED: any_disproved,
                     Operation.RELEASE: self.release.valid,
                     Operation.SCORE_COMMIT: self.commit_request,
-                    Operation.REGISTER_COMMIT: self.register_request,
+                    Operation.REGISTER_COMMIT: may_commit,
                     Operation.TOKEN: take_token,
                     Operation.ROUTE: judge_route,
                     Operation.PREFETCH: queue.o.valid
@@ -704,6 +731,9 @@ class SlotManager(wiring.Component):
                     & ~demanding
                     & (prefetch_held < c.prefetch_loads),
                 }
+                if self.behind_axi:
+                    for kind in (Operation.ROUTE, Operation.PREFETCH):
+                        possible[kind] &= may_load
                 for kind, condition in reversed(possible.items()):
                     with m.If(condition):
                         m.d.sync += operation.eq(kind)
@@ -753,6 +783,9 @@ class SlotManager(wiring.Component):
                             demand_blocked.eq(0),
                             prefetch_blocked.eq(0),
                         ]
+                        if self.behind_axi:
+                            m.d.comb += record.flag.eq(self.relocates)
+                            m.d.sync += [relocated.eq(self.relocates), sweep.eq(0)]
                         m.next = "REGISTERS"
                     with m.Case(Operation.TOKEN):
                         # Unless a route has come meanwhile, which goes before it within a token.
@@ -962,6 +995,9 @@ class SlotManager(wiring.Component):
                         ]
                     with m.Default():
                         # ERROR or TIMEOUT; after the latter the slot is never used again.
+                        if self.behind_axi:
+                            with m.If(status == CompletionStatus.TIMEOUT):
+                                m.d.sync += timed_out.eq(1)
                         m.d.comb += [
                             table.row_write.eq(~ended_cancelled),
                             table.info_write.eq(1),
@@ -1054,6 +1090,32 @@ class SlotManager(wiring.Component):
                 with m.If(threshold_next):
                     m.d.comb += emit(EventKind.THRESHOLD, data=self.threshold.as_unsigned())
                 m.next = "IDLE"
+                if self.behind_axi:
+                    with m.If(relocated):
+                        m.next = "EMPTY"
+            if self.behind_axi:
+                with m.State("EMPTY"):
+                    # Every row, and every slot: read in one cycle, given up in the next.
+                    m.d.comb += [
+                        table.row_write.eq(sweep < layers),
+                        table.row_write_layer.eq(sweep),
+                        table.row_write_lanes.eq(~0),
+                        table.info_read.eq(sweep),
+                        table.info_write_slot.eq(swept_slot),
+                        table.held_layer.eq(table.info.layer),
+                        table.ready_layer.eq(table.info.layer),
+                        free.w_data.eq(swept_slot),
+                    ]
+                    m.d.sync += [sweep.eq(sweep + 1), swept_slot.eq(sweep)]
+                    with m.If((sweep != 0) & (sweep <= c.num_slots) & table.info.resident):
+                        m.d.comb += [
+                            table.info_write.eq(1),
+                            table.held_sub.eq(1),
+                            table.ready_sub.eq(1),
+                            free.w_en.eq(1),
+                        ]
+                    with m.If(sweep == walk_length + 1):
+                        m.next = "IDLE"
 
             with m.State("ROUTE"):
                 # The row is here and the route is judged: taken now, one way or the other.

@@ -54,7 +54,8 @@ def sv_package(config: EngineConfig, *, name: str = "stmoe_engine_pkg") -> str:
     - the shape of the engine and the widths of its buses as ``localparam int unsigned``;
     - ``event_kind_e``, the kinds of record on the event port;
     - for each AXI4-Stream port a packed struct as wide as its TDATA (``token_t``, ``route_t``,
-      ``grant_t``, ``release_t``, ``fill_t``, and ``event_t`` where there is an event port), so
+      ``grant_t``, ``release_t``, ``fill_t`` where the buffer is in banks, and ``event_t`` where
+      there is an event port), so
       that ``assign s_axis_route_tdata = route;`` is all that is needed. Bits that TDATA has
       beyond the payload are a field ``padding``: inputs ignore it, outputs have 0 there.
 

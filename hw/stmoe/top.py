@@ -10,7 +10,12 @@ from amaranth.lib.wiring import In, Out
 from stmoe_golden.config import EngineConfig
 
 from .axi_cdc import AxiReadCrossing, CrossingReset
-from .axi_flat import connect_axi4_read, flat_axi4_read_ports
+from .axi_flat import (
+    connect_axi4_read,
+    connect_axi4_write,
+    flat_axi4_read_ports,
+    flat_axi4_write_ports,
+)
 from .axil_flat import connect_axil, flat_axil_ports
 from .engine import Engine
 from .payloads import (
@@ -39,8 +44,9 @@ def stream_layouts(config: EngineConfig) -> dict[str, tuple[str, str]]:
         "s_axis_route": ("route", route_layout(config)),
         "m_axis_grant": ("grant", grant_layout(config)),
         "s_axis_release": ("release", release_layout(config)),
-        "m_axis_fill": ("fill", fill_layout(config)),
     }
+    if config.buffer == "banks":
+        layouts["m_axis_fill"] = ("fill", fill_layout(config))
     if config.event_port:
         layouts["m_axis_event"] = ("events", event_layout(config))
     return layouts
@@ -53,6 +59,8 @@ class EngineTop(wiring.Component):
     ``s_axis_route_*``, ``m_axis_grant_*``, ``s_axis_release_*``, ``m_axis_fill_*`` and (with the
     event port) ``m_axis_event_*`` are AXI4-Stream. A stream's TDATA holds the payload's fields
     from bit 0 up, in the order of its layout in ``payloads.py``, padded with 0 to whole bytes.
+    With ``config.buffer`` = axi there is no ``m_axis_fill_*`` but ``m_axi_buf_*``, an AXI4 write
+    manager for the expert buffer; it belongs to ``clk`` also with ``memory_clock``.
     ``clk`` and the synchronous, active-high ``rst`` belong to all of them.
 
     With ``memory_clock`` the AXI read manager runs on a clock of its own, ``m_axi_aclk``, which may
@@ -82,6 +90,7 @@ class EngineTop(wiring.Component):
             **(clocks if memory_clock else {}),
             **flat_axil_ports(addr_width(config)),
             **flat_axi4_read_ports(config),
+            **(flat_axi4_write_ports(config) if config.buffer == "axi" else {}),
             "irq": Out(1),
         }
         for prefix, (_, layout) in stream_layouts(config).items():
@@ -98,6 +107,8 @@ class EngineTop(wiring.Component):
         connect_axil(m, self, engine.axil)
         axi = self._crossing(m, engine) if self.memory_clock else engine.axi
         connect_axi4_read(m, c, self, axi)
+        if c.buffer == "axi":
+            connect_axi4_write(m, c, self, engine.buffer)
         m.d.comb += self.irq.eq(engine.irq)
         for prefix, (name, layout) in stream_layouts(c).items():
             port = getattr(engine, name)

@@ -93,6 +93,8 @@ class BoardTop(wiring.Component):
             raise TypeError(f"config must be an EngineConfig, not {config!r}")
         if not config.event_port:
             raise ConfigError("event_port must be true for a board, not false")
+        if config.buffer != "banks":
+            raise ConfigError(f"buffer must be banks for a board, not {config.buffer}")
         self._config = config
         self._clock_hz, self._baud = clock_hz, baud
         self._receiver = UartReceiver(clock_hz=clock_hz, baud=baud)

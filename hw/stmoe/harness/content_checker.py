@@ -94,6 +94,9 @@ class Fault:
     a: id, b: len, c: address."""
     ORPHAN_BEAT = 7
     """An R beat of an id that has no burst outstanding, or too few. a: id."""
+    BAD_WRITE = 8
+    """An AW burst that crosses 4 KiB, is longer than max_burst, is not aligned to a beat, or is
+    outside the buffer. a: id, b: len, c: address."""
 
 
 class ContentChecker(wiring.Component):

@@ -11,6 +11,7 @@ from amaranth.lib.wiring import In, Out
 
 from stmoe.harness.accelerator import TIME_BITS, Accelerator
 from stmoe.harness.board_protocol import SIGNATURE_BITS, SIGNED_BUSES
+from stmoe.harness.buffer_memory import BufferMemory
 from stmoe.harness.bus_signature import BusSignature
 from stmoe.harness.content_checker import AddressMap, ContentChecker
 from stmoe.harness.memory_model import MemoryModel, address_of, content
@@ -127,6 +128,8 @@ class Harness(wiring.Component):
         self._config = config
         self._log = log
         self._readback = readback
+        if readback and config.buffer == "axi":
+            raise ValueError("readback is for a buffer in banks, not behind AXI")
         self._engine = (engine_factory or _engine)(config)
         self._addresses = AddressMap(config, stride)
         self._memory = MemoryModel(config)
@@ -196,14 +199,31 @@ class Harness(wiring.Component):
         ]
         m.d.comb += [getattr(memory, n).eq(getattr(self, f"memory_{n}")) for n in MEMORY_INPUTS]
 
+        # The buffer: what is in it is what the engine fills, or has written over AXI.
+        if config.buffer == "axi":
+            m.submodules.buffer = buffer = BufferMemory(config)
+            wiring.connect(m, engine.buffer, buffer.axi)
+            filled = buffer.written
+            m.d.comb += [
+                buffer.jitter.eq(self.jitter),
+                buffer.latency.eq(self.memory_latency),
+                monitor.outside.eq(buffer.outside),
+            ]
+        else:
+            filled = engine.fill
+
         # What takes fills and events has nothing else to do; jitter stalls it, so that the
         # engine's back-pressure is exercised.
         if self._readback:
             m.d.comb += engine.fill.ready.eq(1)
             wiring.connect(m, engine.events, wiring.flipped(self.events))
         else:
-            m.submodules.fill_stall = fill_stall = RandomStall(3)
-            m.d.comb += [fill_stall.seed.eq(self.jitter), engine.fill.ready.eq(~fill_stall.stall)]
+            if config.buffer == "banks":
+                m.submodules.fill_stall = fill_stall = RandomStall(3)
+                m.d.comb += [
+                    fill_stall.seed.eq(self.jitter),
+                    engine.fill.ready.eq(~fill_stall.stall),
+                ]
         if config.event_port and not self._readback:
             m.submodules.event_stall = event_stall = RandomStall(4, length_bits=5)
             m.d.comb += [
@@ -218,13 +238,18 @@ class Harness(wiring.Component):
                 port.payload.eq(bus.payload),
             ]
 
-        for name in ("token", "route", "grant", "release", "fill"):
+        for name in ("token", "route", "grant", "release"):
             watch(getattr(monitor, name), getattr(engine, name))
+        watch(monitor.fill, filled)
+        if config.buffer == "axi":
+            for name in ("aw", "w", "b"):
+                watch(getattr(monitor, name), getattr(engine.buffer, name))
         watch(monitor.ar, engine.axi.ar)
         watch(monitor.r, engine.axi.r)
         if config.event_port:
             watch(monitor.event, engine.events)
-        for name in ("fill", "grant", "release"):
+        watch(checker.fill, filled)
+        for name in ("grant", "release"):
             watch(getattr(checker, name), getattr(engine, name))
         watch(monitor.axil_aw, engine.axil.aw)
         watch(monitor.axil_w, engine.axil.w)

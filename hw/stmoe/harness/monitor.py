@@ -25,6 +25,7 @@ from stmoe.payloads import (
     CYCLE_BITS,
     axi4_lite_signature,
     axi4_read_signature,
+    axi4_write_signature,
     event_layout,
     fill_layout,
     grant_layout,
@@ -51,6 +52,9 @@ class Watched(enum.IntEnum):
     AR = 5
     R = 6
     EVENT = 7
+    AW = 8
+    W = 9
+    B = 10
 
 
 class Monitor(wiring.Component):
@@ -63,9 +67,12 @@ class Monitor(wiring.Component):
     Members
     -------
     token, route, grant, release, fill, ar, r, event : :py:`In(observed(...))`
-        The engine's streams; ``event`` only with ``config.event_port``.
+        The engine's streams; ``event`` only with ``config.event_port``. Where the buffer is behind
+        AXI, ``fill`` is what has been written, and ``aw``, ``w`` and ``b`` are its bus.
     axil_aw, axil_w : :py:`In(observed(...))`
         The write channels of the engine's registers.
+    outside : :py:`In(1)`
+        Where the buffer is behind AXI: the address taken on ``aw`` is not in it.
     irq, finished, waiting : :py:`In(1)`
         The engine's interrupt; the accelerator's strobes.
     content_fault, content_slot, content_beats, content_address, held_fault, unheld_fault
@@ -105,6 +112,12 @@ class Monitor(wiring.Component):
         }
         if config.event_port:
             self._layouts[Watched.EVENT] = event_layout(config)
+        self._behind_axi = config.buffer == "axi"
+        if self._behind_axi:
+            buffer = axi4_write_signature(config).members
+            for kind in (Watched.AW, Watched.W, Watched.B):
+                channel = buffer[kind.name.lower()].signature
+                self._layouts[kind] = channel.members["payload"].shape
         members = {
             kind.name.lower(): In(observed(layout)) for kind, layout in self._layouts.items()
         }
@@ -116,6 +129,7 @@ class Monitor(wiring.Component):
                 "irq": In(1),
                 "finished": In(1),
                 "waiting": In(1),
+                **({"outside": In(1)} if self._behind_axi else {}),
                 "content_fault": In(1),
                 "content_slot": In(config.slot_bits),
                 "content_beats": In(config.offset_bits),
@@ -153,6 +167,9 @@ class Monitor(wiring.Component):
             fault(f"unstable_{kind.name.lower()}", Fault.UNSTABLE, int(kind))
         fault("bad_burst", Fault.BAD_BURST, ar.id, ar.len, ar.addr)
         fault("orphan_beat", Fault.ORPHAN_BEAT, self.r.payload.id)
+        if self._behind_axi:
+            aw = self.aw.payload
+            fault("bad_write", Fault.BAD_WRITE, aw.id, aw.len, aw.addr)
         fault("unasked_grant", Fault.UNASKED_GRANT, grant.slot, grant.layer, grant.expert)
         fault("content", Fault.CONTENT, self.content_slot, self.content_beats, self.content_address)
         fault("held", Fault.FILL_WHILE_HELD, self.fill.payload.slot, self.fill.payload.offset)
@@ -232,6 +249,18 @@ class Monitor(wiring.Component):
                 | (ar.addr[:beat_bits] != 0)
             ),
         )
+        if self._behind_axi:
+            aw = self.aw.payload
+            fault(
+                "bad_write",
+                took[Watched.AW]
+                & (
+                    (aw.addr[beat_bits:12] + aw.len >= page_beats)
+                    | (aw.len >= config.burst_beats)
+                    | (aw.addr[:beat_bits] != 0)
+                    | self.outside
+                ),
+            )
         bursts = range(config.max_outstanding + 2)
         owed = Array(Signal(bursts, name=f"owed_{i}") for i in range(config.transfers))
         worst = Array(Signal(2, name=f"worst_{i}") for i in range(config.transfers))
@@ -296,6 +325,8 @@ class LogPrinter(Elaboratable):
     ``@A``    id addr len                              handshake of AR
     ``@D``    id resp (the worst of the burst)         handshake of R with ``last``
     ``@F``    slot                                     handshake of ``fill``, a slot's last beat
+    ``@P``    id addr len                              handshake of the buffer's AW
+    ``@Q``    id resp                                  handshake of the buffer's B
     ``@K``    index                                    a token's last expert has run
     ``@W``    address data strobes                     a register is written (address and data)
     ``@I``    level                                    ``irq`` is new
@@ -343,6 +374,10 @@ class LogPrinter(Elaboratable):
             line(took[Watched.AR], "A", ar.id, ar.addr, ar.len)
             line(took[Watched.R] & r.last, "D", r.id, monitor.burst_resp)
             line(took[Watched.FILL] & (fill.offset == last_offset), "F", fill.slot)
+            if config.buffer == "axi":
+                aw, b = monitor.aw.payload, monitor.b.payload
+                line(took[Watched.AW], "P", aw.id, aw.addr, aw.len)
+                line(took[Watched.B], "Q", b.id, b.resp)
             line(monitor.finished, "K", monitor.tokens_finished)
             line(monitor.irq_edge, "I", monitor.irq)
             line(

@@ -145,7 +145,8 @@ class Violation(NamedTuple):
 class RunLog:
     """What the monitors have seen in a run, each list in the order of its cycles.
 
-    ``filled`` is None where fills were not watched and were never stalled. ``settings`` are those
+    ``filled`` is None where fills were not watched and were never stalled. ``write_addresses`` and
+    ``write_answers`` are those of a buffer behind AXI. ``settings`` are those
     of each register commit, in order. ``counters`` are the engine's registers, read at the end;
     ``totals`` are the harness's own counts. ``cycles`` is the cycle in which the last token
     finished. ``wall_seconds`` and ``cpu_seconds`` are those of the run itself, without building and
@@ -161,6 +162,8 @@ class RunLog:
     ar: list[Burst] = field(default_factory=list)
     last_beats: list[LastBeat] = field(default_factory=list)
     filled: list[Filled] | None = field(default_factory=list)
+    write_addresses: list[Burst] = field(default_factory=list)
+    write_answers: list[LastBeat] = field(default_factory=list)
     finished: list[Finished] = field(default_factory=list)
     irq: list[Irq] = field(default_factory=list)
     writes: list[Write] = field(default_factory=list)
@@ -218,7 +221,9 @@ def check_run(run: RunLog, config: EngineConfig) -> tuple[int, dict[str, list[in
         grants=run.grants,
         addresses=run.ar,
         last_beats=run.last_beats,
-        fills=run.filled,
+        fills=run.filled if config.buffer == "banks" else None,
+        write_addresses=run.write_addresses,
+        write_answers=run.write_answers,
         counters=[counter.name for counter in COUNTERS],
     )
     checked = checker.run(run.events)
