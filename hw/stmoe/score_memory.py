@@ -36,7 +36,8 @@ class ScoreMemory(wiring.Component):
 
     Where ``config.folds`` is more than one, a layer has a row for each fold, clearing takes a cycle
     for each of them (of ``1 << fold_bits`` folds a layer), and each address has a fold beside its
-    layer.
+    layer. The rows are so many that they are in block RAM: a write is seen by reads presented
+    after its cycle, and what a read of that row in its cycle gives is undefined.
 
     Parameters
     ----------
@@ -114,22 +115,31 @@ class ScoreMemory(wiring.Component):
                 lanes = slice(width * first, width * (first + share))
                 part = row_write.as_value()[lanes]
                 m.submodules[f"{name}_{group}"] = ram = memory.Memory(
-                    shape=unsigned(len(part)), depth=max(2, rows), init=[]
+                    shape=unsigned(len(part)),
+                    depth=max(2, rows),
+                    init=[],
+                    # No row of block RAM is needed that is read as it is written.
+                    attrs={"no_rw_check": 1} if c.folds > 1 else {},
                 )
-                # The registers of the port are written out: the address for its own sake, the
-                # data because they can be blanked. Synthesis merges equal flip-flops into one, so
-                # these differ, bit by bit, in how they start and whether they are reset.
-                read, write = ram.read_port(domain="comb"), ram.write_port()
-                address = Signal(
-                    bits,
-                    name=f"{name}_{group}_layer",
-                    init=-(group & 1) % (1 << bits),
-                    reset_less=group & 2 != 0,
-                )
+                write = ram.write_port()
+                if c.folds > 1:
+                    read = ram.read_port()
+                    m.d.comb += read.addr.eq(read_layer)
+                else:
+                    # The registers of the port are written out: the address for its own sake, the
+                    # data because they can be blanked. Synthesis merges equal flip-flops into one,
+                    # so these differ, bit by bit, in how they start and whether they are reset.
+                    read = ram.read_port(domain="comb")
+                    address = Signal(
+                        bits,
+                        name=f"{name}_{group}_layer",
+                        init=-(group & 1) % (1 << bits),
+                        reset_less=group & 2 != 0,
+                    )
+                    m.d.sync += address.eq(read_layer)
+                    m.d.comb += read.addr.eq(address)
                 data_read = Signal(len(part), name=f"{name}_{group}_read", reset_less=True)
-                m.d.sync += address.eq(read_layer)
                 m.d.comb += [
-                    read.addr.eq(address),
                     row_read.as_value()[lanes].eq(data_read),
                     write.en.eq(enable | ~self.clear_done),
                     write.addr.eq(write_layer),
