@@ -38,7 +38,7 @@ def random_config(seed: int) -> EngineConfig:
     while True:
         layers = rng.choice((1, 2, 3, 4, 5, 6, 7))
         experts = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 16))
-        lanes = rng.choice([n for n in range(1, experts + 1) if experts % n == 0])
+        divisors = [n for n in range(1, experts + 1) if experts % n == 0]
         top_k = rng.randint(1, min(experts, 5))
         width = rng.choice((32, 64, 64, 128, 256, 512))
         quota = rng.choice((0, 0, 1, 2, experts // 2, experts))
@@ -49,7 +49,7 @@ def random_config(seed: int) -> EngineConfig:
                 num_experts=experts,
                 top_k=top_k,
                 spatial_depth=rng.randint(0, 4),
-                lanes=lanes,
+                lanes=random.Random(f"lanes {seed}").choice(divisors),
                 weight_bits=rng.choice((4, 5, 6, 8, 8, 10)),
                 margin_low=rng.choice((8, 96, 192, 400)),
                 margin_step=rng.choice((0, 4, 32)),
