@@ -182,10 +182,9 @@ class Predictor(wiring.Component):
 
     ``learning``, ``ordered`` and ``kinds`` are sampled when a route or token is taken;
     ``threshold``, ``prefetching`` and ``absent`` three cycles after ``commit_grant`` (five for a
-    new sequence). With several folds ``absent`` is looked at until ``commit_done``, the others five cycles after
-    the grant.
-    ``token`` goes first when both streams are valid at once. Layers must come strictly in order,
-    from layer 0 after each token; ``route.layer`` is not looked at.
+    new sequence). With several folds ``absent`` is looked at until ``commit_done``, the others five
+    cycles after the grant. ``token`` goes first when both streams are valid at once. Layers must
+    come strictly in order, from layer 0 after each token; ``route.layer`` is not looked at.
 
     Parameters
     ----------
