@@ -3,11 +3,12 @@
 
 Each configuration is drawn from a seed (shapes that are no powers of two, D from 0 to 4, all widths
 of the AXI bus, bursts of any length, quotas from 0, as few slots as there may be, one layer, one
-expert), elaborated, built with Verilator in the harness, and run on synthetic routing with random
-stalls, latency, bandwidth and answers out of order, once for each of ``--seeds``. Every event and
-every counter must be golden's. A failure names its configuration and its run, so that
-``--first N --configs 1`` repeats it, and leaves the configuration as TOML in ``build/regress``.
-Status 0 when all agree, 1 when one does not, 2 on bad input.
+expert, any number of lanes that divides the experts), elaborated, built with Verilator in the
+harness, and run on synthetic routing with random stalls, latency, bandwidth and answers out of
+order, once for each of ``--seeds``. Every event and every counter must be golden's. A failure names
+its configuration and its run, so that ``--first N --configs 1`` repeats it, and leaves the
+configuration as TOML in ``build/regress``. Status 0 when all agree, 1 when one does not, 2 on bad
+input.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def random_config(seed: int) -> EngineConfig:
     while True:
         layers = rng.choice((1, 2, 3, 4, 5, 6, 7))
         experts = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 16))
+        divisors = [n for n in range(1, experts + 1) if experts % n == 0]
         top_k = rng.randint(1, min(experts, 5))
         width = rng.choice((32, 64, 64, 128, 256, 512))
         quota = rng.choice((0, 0, 1, 2, experts // 2, experts))
@@ -45,6 +47,7 @@ def random_config(seed: int) -> EngineConfig:
                 num_experts=experts,
                 top_k=top_k,
                 spatial_depth=rng.randint(0, 4),
+                lanes=random.Random(f"lanes {seed}").choice(divisors),
                 weight_bits=rng.choice((4, 5, 6, 8, 8, 10)),
                 margin_low=rng.choice((8, 96, 192, 400)),
                 margin_step=rng.choice((0, 4, 32)),

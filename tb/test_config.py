@@ -183,6 +183,16 @@ def test_depth_and_lookahead_are_clamped_to_the_other_layers():
     assert [EngineConfig(num_layers=n).look for n in (1, 2, 3)] == [0, 1, 1]
 
 
+def test_lanes_divide_the_experts():
+    shapes = [EngineConfig(num_experts=12, lanes=n) for n in (0, 12, 6, 4, 1)]
+    assert [(c.num_lanes, c.folds) for c in shapes] == [(12, 1), (12, 1), (6, 2), (4, 3), (1, 12)]
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(num_experts=12, lanes=5)
+    assert str(caught.value) == (
+        "lanes must be 0 or divide num_experts (12): 1, 2, 3, 4, 6, 12; not 5"
+    )
+
+
 def test_rank_gain_falls_from_six_to_three_quarters():
     assert [rank_gain(rank, 4) for rank in range(4)] == [6, 5, 4, 3]
     assert [rank_gain(rank, 8) for rank in range(8)] == [6, 6, 5, 5, 4, 4, 3, 3]

@@ -57,6 +57,13 @@ CONFIGS = {
         gate_window=4,
         gate_patience=16,
     ),
+    # Fewer lanes than experts: two folds; three of three lanes, which is no power of two.
+    "halves": EngineConfig(
+        num_experts=8, lanes=4, expert_bytes=128, gate_window=4, admission_bonus=0
+    ),
+    "thirds": EngineConfig(
+        num_layers=3, num_experts=9, lanes=3, top_k=3, quota=1, expert_bytes=128, max_burst=8
+    ),
 }
 
 

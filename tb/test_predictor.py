@@ -21,7 +21,7 @@ from stmoe.table_reader import table_index_layout
 from stmoe_golden.config import USE_BITS, EngineConfig, preset
 from stmoe_golden.predictor import Predictor as Golden
 from stmoe_golden.predictor import params_of
-from test_selector import Prefixed, SideBySide
+from test_selector import Prefixed, SideBySide, listed
 
 CONFIGS = {
     "tiny": preset("tiny"),
@@ -41,6 +41,18 @@ CONFIGS = {
     "temporal": EngineConfig(
         num_layers=3, num_experts=7, top_k=1, quota=1, staging=3, spatial_depth=0,
         weight_bits=4, margin_low=2047, margin_step=0, margin_high=2047, select_max=5,
+    ),
+    # Fewer lanes than experts: two folds; four, of a D that takes all layers.
+    "halves": EngineConfig(num_layers=3, num_experts=8, top_k=3, lanes=4, quota=1),
+    "quarters": EngineConfig(
+        num_layers=5, num_experts=16, top_k=4, lanes=4, spatial_depth=4, quota=4
+    ),
+    # Neither lanes nor folds a power of two; no layer ahead; a lane at a time.
+    "thirds": EngineConfig(num_layers=2, num_experts=9, top_k=2, lanes=3, quota=1),
+    "single_halves": EngineConfig(num_layers=1, num_experts=6, top_k=3, lanes=3, quota=6),
+    "lane": EngineConfig(
+        num_layers=3, num_experts=6, top_k=1, lanes=1, quota=1, staging=3, spatial_depth=0,
+        weight_bits=4, margin_low=2047, margin_step=0, margin_high=2047, select_max=2,
     ),
 }  # fmt: skip
 
@@ -98,7 +110,7 @@ class TB:
     def lanes(self, name: str, width: int, *, signed: bool) -> list[int]:
         """A row read through the victim port."""
         value, mask = self.read(name), (1 << width) - 1
-        row = [value >> (width * e) & mask for e in range(self.config.num_experts)]
+        row = [value >> (width * e) & mask for e in range(self.config.num_lanes)]
         return [x - (1 << width) if signed and x >> (width - 1) else x for x in row]
 
     async def reset(self, seed: int) -> None:
@@ -108,7 +120,7 @@ class TB:
         self.fast = seed % 3 == 0  # no stalls at all: latencies are asserted
         self.golden = Golden(self.config)
         self.now = 0
-        self.taken = -2
+        self.taken, self.routing = -2, False
         self.busy = self.committing = self.requested = self.over = False
         self.apply = None
         self.wait = 0
@@ -130,6 +142,7 @@ class TB:
         # Nothing is taken before the tables are clear, however hard one asks.
         self.drive("token__valid", rng.getrandbits(1))
         rows = self.config.num_layers << max(1, (self.config.num_experts - 1).bit_length())
+        rows <<= self.config.fold_bits if self.config.folds > 1 else 0
         for _ in range(rows + 10):
             await FallingEdge(self.dut.clk)
             clear = self.read("clear_done")
@@ -141,7 +154,9 @@ class TB:
         assert clear, f"not clear {rows + 10} cycles after reset"
         self.drive("token__valid", 0)
         await RisingEdge(self.dut.clk)
-        self.sweep = list(range(self.config.num_layers))
+        folds, layers = range(self.config.folds), range(self.config.num_layers)
+        self.rows = [(layer, fold) for layer in layers for fold in folds]
+        self.sweep = list(self.rows)
         # Some runs have no reads at all: they must not be what makes a run right.
         self.asks, self.was_reading = seed % 4 != 0, 0
 
@@ -163,11 +178,20 @@ class TB:
         expected, self.asked_before, self.asked = self.asked_before, self.asked, None
         # The port is the predictor's own in the cycle in which an event is taken.
         if not self.committing and self.now != self.taken and (self.sweep or rng.random() < 0.2):
-            layer = self.sweep.pop() if self.sweep else rng.randrange(self.config.num_layers)
+            layer, fold = self.sweep.pop() if self.sweep else rng.choice(self.rows)
             self.drive("victim_layer", layer)
-            state = self.golden.state
-            self.asked = (layer, state.score[layer].tolist(), state.use[layer].tolist())
+            if self.config.folds > 1:
+                self.drive("victim_fold", fold)
+            state, lanes = self.golden.state, self.config.num_lanes
+            part = slice(fold * lanes, (fold + 1) * lanes)
+            self.asked = (layer, state.score[layer][part].tolist(), state.use[layer][part].tolist())
         await FallingEdge(self.dut.clk)
+        if self.config.folds > 1:
+            # A route's scores are graded, a fold a cycle; what is asked for meanwhile is lost.
+            wait = self.routing and self.taken < self.now < self.taken + self.config.folds
+            assert self.read("victim_wait") == wait
+            if wait and self.asked:
+                self.sweep, self.asked = list(self.rows), None
 
         if expected is not None:
             score = self.lanes("victim_score", self.config.score_bits, signed=True)
@@ -253,7 +277,7 @@ class TB:
             self.done = self.now
             self.apply()
             self.apply = None
-            self.sweep = list(range(self.config.num_layers))
+            self.sweep = list(self.rows)
             self.expected = self.expected_picks()
 
     def expected_picks(self) -> list[dict]:
@@ -266,6 +290,7 @@ class TB:
         threshold -= (threshold >> self.config.score_bits - 1) << self.config.score_bits
         picks = self.golden.select(self.select_layer, allowed, threshold)
         row = self.golden.state.score[self.select_layer]
+        self.puts = sum(listed(row.tolist(), self.driven["absent"], threshold, self.config))
         return [{"layer": self.select_layer, "expert": int(e), "score": int(row[e])} for e in picks]
 
     def some_threshold(self) -> int:
@@ -329,6 +354,7 @@ class TB:
         self.wait = self.stall(9)
         self.select_layer = select_layer
         taken = self.taken = self.now
+        self.routing = stream == "route"
         await self.cycle()
         assert self.read(f"{stream}__ready"), "not ready although idle"
 
@@ -343,31 +369,38 @@ class TB:
         self.drive(f"{stream}__payload", rng.getrandbits(len(other)))
         while not self.over:
             await self.cycle()
-            assert self.now - taken < 400, "no end"
+            assert self.now - taken < 400 * self.config.folds, "no end"
         self.busy = self.over = False
         self.total_picks += len(self.picks)
         if self.fast:
             c, ended = self.config, self.now - 1
-            levels = (c.num_experts - 1).bit_length()
+            levels, folds = (c.num_lanes - 1).bit_length(), c.folds
             request, done = self.requested_at - taken, self.done - self.granted
             pick = 5 + levels
+            if folds > 1 and self.picks:
+                pick = 6 + folds * (2 + levels) + self.puts * (2 if c.num_lanes > 1 else 1)
             if stream == "route":
                 ahead = max(c.depth, c.look)
                 gains = c.gains if ordered else (4,) * c.top_k
                 steps = sum(max(1, a - b) for a, b in zip(gains, (*gains[1:], 0), strict=True))
-                corrected = taken + steps + c.top_k + 3
-                self.note("route to commit request", request, steps + max(4, 6 - ahead))
-                self.note("grant to commit_done", done, ahead + 3)
+                corrected = taken + folds * (steps + c.top_k) + (3 if folds == 1 else 5)
+                settle = max(4 - folds if c.depth else 0, 6 - (ahead + 1) * folds, 1)
+                wanted = steps + max(4, 6 - ahead) if folds == 1 else folds * steps + 2 + settle
+                self.note("route to commit request", request, wanted)
+                wanted = ahead + 3 if folds == 1 else (ahead + 1) * folds + 4
+                self.note("grant to commit_done", done, wanted)
             else:
                 corrected = taken
                 self.note("token to commit request", request, 1)
-                self.note("token's commit", done, c.num_layers + 4 if new_sequence else 3)
-                pick += 2 * new_sequence
+                rows = c.num_layers if new_sequence else 1
+                wanted = rows * folds + 4 if new_sequence or folds > 1 else 3
+                self.note("token's commit", done, wanted)
+                pick += 2 * (new_sequence and folds == 1)
             if self.picks:
                 due = max(self.granted + pick, self.done + 1, corrected)
                 assert self.first == due, f"first pick in {self.first}, not {due}"
             self.note("first to over", ended - max(self.done, corrected), pick + 2 * c.num_select)
-            if stream == "route" and (c.top_k, c.num_select) == (4, 8):
+            if stream == "route" and (c.top_k, c.num_select, folds) == (4, 8, 1):
                 self.note("route to idle", ended + 1 - self.granted, 2 * c.num_select + 24)
 
     async def token(self, new_sequence: bool) -> None:

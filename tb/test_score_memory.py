@@ -13,16 +13,20 @@ import pytest
 from cocotb.clock import Clock
 from cocotb.triggers import FallingEdge, RisingEdge
 
-from simulation import run_bench, seeds
+from simulation import Shapes, run_bench, seeds
 from stmoe.score_memory import ScoreMemory
 from stmoe_golden.config import USE_BITS, EngineConfig
 
-CONFIG = EngineConfig(num_layers=5, num_experts=3, top_k=2, quota=1)
+CONFIGS = {
+    "whole": EngineConfig(num_layers=5, num_experts=3, top_k=2, quota=1),
+    # A row for each of three folds, each of two lanes.
+    "thirds": EngineConfig(num_layers=5, num_experts=6, lanes=2, top_k=2, quota=1),
+}
 
 
 def test_rows_are_what_was_written_last() -> None:
     run_bench(
-        ScoreMemory(CONFIG),
+        Shapes({name: ScoreMemory(config) for name, config in CONFIGS.items()}),
         "score_memory",
         Path(__file__).stem,
         env={"SEEDS": json.dumps(seeds())},
@@ -37,61 +41,92 @@ def test_wrong_parameters_are_refused() -> None:
 
 
 SEEDS = json.loads(os.environ.get("SEEDS", "[1]"))
-LAYERS = CONFIG.num_layers
-WIDTH = {"score": CONFIG.score_bits * CONFIG.num_experts, "use": USE_BITS * CONFIG.num_experts}
+
+
+class Ports:
+    """The ports of one shape; a row is addressed by its number, fold by fold of layer 0 first."""
+
+    def __init__(self, dut, name: str):
+        self.dut, self.name, self.clk, self.rst = dut, name, dut.clk, dut.rst
+        self.folds = CONFIGS[name].folds
+
+    def __getattr__(self, port: str):
+        return getattr(self.dut, f"{self.name}__{port}")
+
+    def address(self, prefix: str, row: int) -> None:
+        layer, fold = divmod(row, self.folds)
+        getattr(self, f"{prefix}layer").value = layer
+        if self.folds > 1:
+            getattr(self, f"{prefix}fold").value = fold
 
 
 @cocotb.test(timeout_time=2, timeout_unit="ms")
-async def rows_are_what_was_written_last(dut) -> None:
+@cocotb.parametrize(name=list(CONFIGS))
+async def rows_are_what_was_written_last(dut, name: str) -> None:
     """Either reader reads while rows are written; not the row that is being written."""
+    config, dut = CONFIGS[name], Ports(dut, name)
+    count, lanes = config.num_layers * config.folds, config.num_lanes
+    clearing = config.num_layers << config.fold_bits if config.folds > 1 else count
+    width = {"score": config.score_bits * lanes, "use": USE_BITS * lanes}
     cocotb.start_soon(Clock(dut.clk, 10, unit="ns").start())
     for seed in SEEDS:
-        dut._log.warning("seed %d", seed)
+        dut.dut._log.warning("%s, seed %d", name, seed)
         rng = random.Random(seed)
-        for name in ("write_score", "write_use", "score_row", "use_row", "own", "blank"):
-            getattr(dut, name).value = 0
+        for port in ("write_score", "write_use", "score_row", "use_row", "own", "blank"):
+            getattr(dut, port).value = 0
         dut.rst.value = 1
         for _ in range(3):
             await RisingEdge(dut.clk)
         dut.rst.value = 0
-        for _ in range(LAYERS + 1):
+        writes = dict.fromkeys(width, 0)
+        for _ in range(clearing + 1):
             await FallingEdge(dut.clk)
-            dut.score_layer.value, dut.use_layer.value = (rng.randrange(LAYERS) for _ in range(2))
+            for kind in width:
+                writes[kind] = rng.randrange(count)
+                dut.address(f"{kind}_", writes[kind])
             clear = int(dut.clear_done.value)
             if clear:
                 break
             await RisingEdge(dut.clk)
-        assert clear, f"not clear {LAYERS + 1} cycles after reset"
+        assert clear, f"not clear {clearing + 1} cycles after reset"
         await RisingEdge(dut.clk)
 
-        rows = {kind: [0] * LAYERS for kind in WIDTH}
-        layers = {kind: int(getattr(dut, f"{kind}_layer").value) for kind in WIDTH}
+        rows = {kind: [0] * count for kind in width}
         expected: dict[str, int] = {}
-        asked: list[int] = []  # the layer of the cycle before
+        asked: list = []  # the row of the cycle before, or what it held
         for _ in range(300):
             written = set()
             changes = []
-            for kind, width in WIDTH.items():
-                write, layer, row = rng.random() < 0.5, layers[kind], rng.getrandbits(width)
-                layers[kind] = rng.randrange(LAYERS)
+            for kind, bits in width.items():
+                write, index, row = rng.random() < 0.5, writes[kind], rng.getrandbits(bits)
+                writes[kind] = rng.randrange(count)
                 getattr(dut, f"write_{kind}").value = int(write)
-                getattr(dut, f"{kind}_layer").value = layers[kind]  # of the next cycle
+                dut.address(f"{kind}_", writes[kind])  # of the next cycle
                 getattr(dut, f"{kind}_row").value = row
                 if write:
-                    written.add(layer)
-                    changes.append((kind, layer, row))
+                    written.add(index)
+                    changes.append((kind, index, row))
             own, blank = rng.random() < 0.5, rng.random() < 0.3
-            read, other = rng.randrange(LAYERS), rng.randrange(LAYERS)
+            read, other = rng.randrange(count), rng.randrange(count)
             dut.own.value, dut.blank.value = int(own), int(blank)
-            dut.layer.value, dut.victim_layer.value = (read, other) if own else (other, read)
+            dut.address("", read if own else other)
+            dut.address("victim_", other if own else read)
             await FallingEdge(dut.clk)
-            for name, row in expected.items():
-                assert int(getattr(dut, name).value) == row, name
+            for kind, row in expected.items():
+                assert int(getattr(dut, kind).value) == row, kind
             expected = {}
-            if asked and asked[0] not in written:
-                expected["score"] = 0 if blank else rows["score"][asked[0]]
-                expected["use"] = rows["use"][asked[0]]
-            asked = [read]
-            for kind, layer, row in changes:
-                rows[kind][layer] = row
+            if config.folds > 1:
+                # In block RAM a write is seen a cycle later.
+                before = {kind: rows[kind][read] for kind in width}
+                if asked and asked[0] is not None:
+                    expected["score"] = 0 if blank else asked[0]["score"]
+                    expected["use"] = asked[0]["use"]
+                asked = [None if read in written else before]
+            else:
+                if asked and asked[0] not in written:
+                    expected["score"] = 0 if blank else rows["score"][asked[0]]
+                    expected["use"] = rows["use"][asked[0]]
+                asked = [read]
+            for kind, index, row in changes:
+                rows[kind][index] = row
             await RisingEdge(dut.clk)

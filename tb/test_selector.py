@@ -29,7 +29,30 @@ CONFIGS = {
     "all": EngineConfig(num_layers=2, num_experts=8, top_k=2, quota=1, select_max=64),
     # A tree without a node.
     "one": EngineConfig(num_layers=3, num_experts=1, top_k=1, quota=1, select_max=1),
+    # Folds: two, and a number that is no power of two of such a number of lanes; a list that never
+    # fills; a lane at a time; one pick.
+    "halves": EngineConfig(num_experts=8, lanes=4, top_k=2, quota=1),
+    "thirds": EngineConfig(num_experts=9, lanes=3, top_k=2, quota=1),
+    "pairs": EngineConfig(num_experts=6, lanes=2, top_k=2, quota=1, select_max=64),
+    "singles": EngineConfig(num_experts=6, lanes=1, top_k=3, quota=1, select_max=3),
+    "best": EngineConfig(num_experts=4, lanes=2, top_k=1, quota=1, select_max=1),
 }
+
+
+def listed(row: list[int], allowed: int, threshold: int, config: EngineConfig) -> list[int]:
+    """How many candidates of each fold are put in the list of the best so far."""
+    best: list[int] = []
+    counts = []
+    for first in range(0, config.num_experts, config.num_lanes):
+        lanes = range(first, first + config.num_lanes)
+        able = [row[e] for e in lanes if allowed >> e & 1 and row[e] >= threshold]
+        counts.append(0)
+        for score in sorted(able, reverse=True):
+            if len(best) == config.num_select and score <= best[-1]:
+                break
+            best = sorted([*best, score], reverse=True)[: config.num_select]
+            counts[-1] += 1
+    return counts
 
 
 class SideBySide(wiring.Component):
@@ -111,7 +134,8 @@ async def selector_is_golden(dut, name: str) -> None:
     experts, bits = config.num_experts, config.score_bits
     layout = selection_layout(config)
     mask = (1 << bits) - 1
-    levels = (experts - 1).bit_length()
+    lanes = config.num_lanes
+    levels = (lanes - 1).bit_length()
     dut = Prefixed(dut, name)
     cocotb.start_soon(Clock(dut.clk, 10, unit="ns").start())
     total = 0
@@ -143,21 +167,33 @@ async def selector_is_golden(dut, name: str) -> None:
                 config.num_select,
             )
             expected = [{"layer": layer, "expert": int(e), "score": row[e]} for e in picks.tolist()]
-            dut.score.value = sum((s & mask) << (bits * e) for e, s in enumerate(row))
-            dut.candidates.value = allowed
             dut.threshold.value = threshold & mask
             dut.layer.value = layer
             dut.start.value = 1
-            await RisingEdge(dut.clk)
+            for fold in range(config.folds):
+                part = row[fold * lanes : (fold + 1) * lanes]
+                dut.score.value = sum((s & mask) << (bits * e) for e, s in enumerate(part))
+                dut.candidates.value = allowed >> fold * lanes & (1 << lanes) - 1
+                if config.folds > 1:
+                    dut.fold.value = fold
+                    dut.o__ready.value = rng.getrandbits(1)
+                    await FallingEdge(dut.clk)
+                    assert not int(dut.o__valid.value) and not int(dut.over.value)
+                await RisingEdge(dut.clk)
+                # All other inputs were taken with `start`, of the first fold.
+                dut.threshold.value = rng.getrandbits(bits)
+                dut.layer.value = rng.randrange(config.num_layers)
             dut.start.value = 0
-            # All inputs were taken with `start`.
-            dut.score.value = rng.getrandbits(bits * experts)
-            dut.candidates.value = rng.getrandbits(experts)
-            dut.threshold.value = rng.getrandbits(bits)
-            dut.layer.value = rng.randrange(config.num_layers)
+            dut.score.value = rng.getrandbits(bits * lanes)
+            dut.candidates.value = rng.getrandbits(lanes)
             hold = 0 if fast or rng.random() < 0.5 else rng.randrange(20)
             taken, offered = [], None
-            for cycle in range(1, 400):
+            first, step = 2 + levels, 2
+            if config.folds > 1:
+                puts = listed(row, allowed, threshold, config)
+                first = 1 + config.folds * (2 + levels) + sum(puts) * (2 if lanes > 1 else 1)
+                step = 1
+            for cycle in range(config.folds, 400):
                 ready = fast or rng.random() < 0.6
                 dut.o__ready.value = int(ready)
                 dut.hold.value = int(cycle <= hold)
@@ -172,7 +208,7 @@ async def selector_is_golden(dut, name: str) -> None:
                     taken.append(unpack(layout, payload))
                     assert taken == expected[: len(taken)]
                     if fast:
-                        due = 2 + levels + 2 * (len(taken) - 1)
+                        due = first + step * (len(taken) - 1)
                         if experts > 1:
                             assert cycle == due, f"pick {len(taken)} in {cycle}, not {due}"
                 await RisingEdge(dut.clk)
@@ -181,7 +217,8 @@ async def selector_is_golden(dut, name: str) -> None:
             assert over, "no end"
             assert taken == expected
             if fast:
-                assert cycle <= 3 * config.num_select + 8
+                last = first + step * len(expected)
+                assert cycle <= (last if config.folds > 1 else 3 * config.num_select + 8)
             total += len(taken)
     log.warning("%d picks", total)
     assert total

@@ -54,6 +54,10 @@ CONFIGS = {
     "long_queue": EngineConfig(
         num_layers=2, num_experts=24, select_max=24, expert_bytes=16, gate_window=4
     ),
+    # Scores come in three parts, two lanes each, and not in the cycles after a route.
+    "folds": EngineConfig(
+        num_layers=3, num_experts=6, lanes=2, quota=1, staging=3, expert_bytes=16, gate_window=4
+    ),
 }
 
 
@@ -225,6 +229,7 @@ class TB:
         names = ["hold", "commit_request", "commit_done", "select_layer", "late", "start_transfer"]
         names += ["register_request", "threshold_changed", "threshold", "prefetch_ready"]
         names += ["victim_score", "victim_use", "start__ready", "selected__valid"]
+        names += ["victim_wait"] if CONFIG.folds > 1 else []
         names += [
             f"{n}__{p}"
             for n in ("token", "route", "release", "completion")
@@ -244,7 +249,7 @@ class TB:
         self.shown_layer = None
         self.boxes = {n: Inbox() for n in ("tokens", "routes", "releases", "grants")}
         self.rows = Rows(self.rng)
-        self.layer_asked = 0
+        self.asked, self.waits = (0, 0), 0
         self.oracle = Oracle(
             CONFIG,
             segments=[[] for _ in range(CONFIG.num_layers)],
@@ -427,13 +432,24 @@ class TB:
     def drive(self) -> None:
         rng, knobs = self.rng, self.knobs
         # Rows come two cycles after their layer was given.
-        layer, self.layer_asked = self.layer_asked, self.get("victim_layer")
+        folds, lanes = CONFIG.folds, CONFIG.num_lanes
+        (layer, fold), self.asked = self.asked, (self.get("victim_layer"), 0)
+        if folds > 1:
+            self.asked = (self.asked[0], self.get("victim_fold"))
+            if self.waits:
+                # The predictor reads something else.
+                self.asked = (rng.randrange(CONFIG.num_layers), rng.randrange(folds))
+                self.waits -= 1
+            if self.get("predictor_route__valid") and self.get("predictor_route__ready"):
+                self.waits = folds - 1
+            self.set("victim_wait", int(self.waits > 0))
         state = self.rows.state
         width = CONFIG.score_bits
-        if layer < CONFIG.num_layers:
-            score = [int(v) & ((1 << width) - 1) for v in state.score[layer]]
+        if layer < CONFIG.num_layers and fold < folds:
+            part = slice(fold * lanes, (fold + 1) * lanes)
+            score = [int(v) & ((1 << width) - 1) for v in state.score[layer][part]]
             self.set("victim_score", sum(v << width * i for i, v in enumerate(score)))
-            use = [int(v) for v in state.use[layer]]
+            use = [int(v) for v in state.use[layer][part]]
             self.set("victim_use", sum(v << USE_BITS * i for i, v in enumerate(use)))
         self.drive_predictor()
         self.drive_dma()

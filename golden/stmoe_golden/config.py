@@ -65,6 +65,9 @@ class EngineConfig:
     num_contexts: int = _param(1, "contexts", 1, 1, "sequences decoded at once")
     spatial_depth: int = _param(3, "layers", 0, 4, "spatial tables, D; clamped to L-1")
     lookahead: int = _param(1, "layers", 0, 1, "layers selected ahead; clamped to L-1")
+    lanes: int = _param(
+        0, "lanes", 0, 256, "experts worked on at once, a divisor of E; 0 means all of them"
+    )
     weight_bits: int = _param(8, "bits", 4, 12, "width of a correlation weight")
     margin_low: int = _param(192, "units", 0, 2047, "m1: margin below which a used expert learns")
     margin_step: int = _param(32, "units", 0, 2047, "m2: margin of the second step")
@@ -132,6 +135,12 @@ class EngineConfig:
             raise ConfigError(
                 f"top_k must be at most num_experts ({self.num_experts}), not {self.top_k}"
             )
+        if self.lanes and self.num_experts % self.lanes:
+            divisors = [n for n in range(1, self.num_experts + 1) if self.num_experts % n == 0]
+            raise ConfigError(
+                f"lanes must be 0 or divide num_experts ({self.num_experts}): "
+                f"{', '.join(map(str, divisors))}; not {self.lanes}"
+            )
         if self.axi_data_width & (self.axi_data_width - 1):
             raise ConfigError(
                 f"axi_data_width must be 32, 64, 128, 256 or 512, not {self.axi_data_width}"
@@ -197,6 +206,17 @@ class EngineConfig:
     def look(self) -> int:
         """Layers selected ahead: lookahead clamped to L-1."""
         return min(self.lookahead, self.num_layers - 1)
+
+    @property
+    def num_lanes(self) -> int:
+        """Experts of a layer that the predictor's datapath works on at once."""
+        return self.lanes or self.num_experts
+
+    @property
+    def folds(self) -> int:
+        """Passes through the datapath for one layer, F: ``num_experts / num_lanes``. Fold f has
+        the experts from ``f * num_lanes`` on."""
+        return self.num_experts // self.num_lanes
 
     @property
     def num_select(self) -> int:
@@ -266,6 +286,11 @@ class EngineConfig:
     def layer_bits(self) -> int:
         """Bits of a layer index."""
         return max(1, (self.num_layers - 1).bit_length())
+
+    @property
+    def fold_bits(self) -> int:
+        """Bits of a fold's index."""
+        return max(1, (self.folds - 1).bit_length())
 
     @property
     def expert_bits(self) -> int:
@@ -399,7 +424,7 @@ PRESETS: dict[str, EngineConfig] = {
         num_layers=26, num_experts=64, top_k=6, quota=8, axi_data_width=128
     ),
     "qwen3_30b_a3b": EngineConfig(
-        num_layers=48, num_experts=128, top_k=8, quota=16, axi_data_width=128
+        num_layers=48, num_experts=128, top_k=8, lanes=32, quota=16, axi_data_width=128
     ),
     "mixtral_8x7b": EngineConfig(
         num_layers=32, num_experts=8, top_k=2, quota=2, axi_data_width=128

@@ -66,21 +66,28 @@ def engine_cycles(config: EngineConfig) -> EngineCycles:
     """What the RTL takes, without random stalls: the latencies that ``docs/architecture.md`` and
     the blocks state (slot manager, victim chooser, predictor, DMA scheduler, accelerator model).
     """
-    levels = (config.num_experts - 1).bit_length()
+    folds, levels = config.folds, (config.num_lanes - 1).bit_length()
     gains = [*config.gains, 0]
     steps = sum(max(1, gains[r] - gains[r + 1]) for r in range(config.top_k))
+    search, commit, pick, pick_next = 7 + levels, steps + 6, 6 + levels, 2
+    if folds > 1:
+        ahead = max(config.depth, config.look)
+        settle = max(1, 4 - folds if config.depth else 0, 6 - (ahead + 1) * folds)
+        search, commit = 8 + folds + levels, folds * steps + 4 + settle
+        # How many candidates the selector puts in its list depends on the scores: taken as K.
+        pick, pick_next = 7 + folds * (2 + levels) + 2 * config.top_k, 1
     return EngineCycles(
         token=2,
         route=2,
         grant=4,
         grant_next=1,
         load=4,
-        search=7 + levels,
+        search=search,
         load_next=3,
         fill=10,
-        commit=steps + 6,
-        pick=6 + levels,
-        pick_next=2,
+        commit=commit,
+        pick=pick,
+        pick_next=pick_next,
         ready=3,
         start=6,
         address=1,

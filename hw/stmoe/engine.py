@@ -36,7 +36,7 @@ class Engine(wiring.Component):
     """Watches routing, predicts the next experts and has their weights on chip in time.
 
     It never changes a routing decision. Clock domain ``sync``; after reset the tables are cleared
-    for ``num_layers * num_experts`` cycles, during which no token is taken.
+    for ``num_layers * num_experts * folds`` cycles, during which no token is taken.
 
     Parameters
     ----------
@@ -147,6 +147,11 @@ class Engine(wiring.Component):
             registers.read_valid.eq(predictor.read_valid),
             registers.read_value.eq(predictor.read_value),
         ]
+        if c.folds > 1:
+            m.d.comb += [
+                predictor.victim_fold.eq(manager.victim_fold),
+                manager.victim_wait.eq(predictor.victim_wait),
+            ]
 
         connect(m, manager.start, dma.start)
         connect(m, dma.completion, manager.completion)

@@ -21,12 +21,12 @@ USE_DECAY = 5
 
 def delta_layout(config: EngineConfig) -> data.ArrayLayout:
     """One delta for each lane."""
-    return data.ArrayLayout(signed(DELTA_BITS), config.num_experts)
+    return data.ArrayLayout(signed(DELTA_BITS), config.num_lanes)
 
 
 def use_layout(config: EngineConfig) -> data.ArrayLayout:
     """One use count for each lane."""
-    return data.ArrayLayout(unsigned(USE_BITS), config.num_experts)
+    return data.ArrayLayout(unsigned(USE_BITS), config.num_lanes)
 
 
 class RowUpdate(wiring.Component):
@@ -102,7 +102,7 @@ class Learner(wiring.Component):
     Parameters
     ----------
     config : :class:`EngineConfig`
-        Uses the margins, in whole units.
+        Uses ``num_lanes`` and the margins, in whole units.
 
     Members
     -------
@@ -127,9 +127,9 @@ class Learner(wiring.Component):
         super().__init__(
             {
                 "enable": In(1),
-                "score": In(data.ArrayLayout(signed(config.score_bits), config.num_experts)),
+                "score": In(data.ArrayLayout(signed(config.score_bits), config.num_lanes)),
                 "use": In(use_layout(config)),
-                "used": In(config.num_experts),
+                "used": In(config.num_lanes),
                 "delta": Out(delta_layout(config)),
                 "use_next": Out(use_layout(config)),
             }
@@ -142,7 +142,7 @@ class Learner(wiring.Component):
         # used does for each limit that -s is below, and -s < limit just when ~s < limit - 1.
         limits = sorted((c.margin_low, c.margin_step, -c.margin_high), reverse=True)
         limits = [limit << FRACTION_BITS for limit in limits]
-        for e in range(c.num_experts):
+        for e in range(c.num_lanes):
             score, used = self.score[e], self.used[e]
             graded = Signal(c.score_bits, name=f"graded_{e}")
             m.d.comb += graded.eq(score ^ (~used).replicate(c.score_bits))

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, signed, unsigned
-from amaranth.lib import data, stream, wiring
+from amaranth.lib import data, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from stmoe_golden.config import FRACTION_BITS, EngineConfig
 
 from .correlation_table import CorrelationTable
 from .expert_map import lane_bits
+from .folded_lanes import fold_and_lane
 from .history import History
 from .learner import Learner, use_layout
 from .payloads import selection_layout
@@ -68,29 +69,52 @@ class _RowSum(wiring.Component):
         Add the partial sum to the total.
     total : Out
         Quarter units.
+
+    With several folds one sum follows the other at once, and there is no ``clear``:
+
+    restart : In
+        With the first ``load`` of a fold: the partial sum starts with this row, and the total in
+        the cycle after.
+    done, done_fold : In
+        The total is that of this fold: at the earliest in the cycle after its last ``add``, at the
+        latest in the cycle after the next ``restart``.
+    fold : In
+        ``total`` is what was ``done`` for this fold before this cycle.
     """
 
     def __init__(self, config: EngineConfig):
         self.config = c = config
-        self.weights = data.ArrayLayout(signed(c.weight_bits), c.num_experts)
+        self.weights = data.ArrayLayout(signed(c.weight_bits), c.num_lanes)
         # Sums reach -2**(weight_bits-1) times the number of rows, or the sum of their gains.
         lowest = 1 << (c.weight_bits - 1)
         gain = max(sum(c.gains), c.top_k << FRACTION_BITS)
         self.partial_bits = (c.top_k * lowest - 1).bit_length() + 1
         self.total_bits = (gain * lowest - 1).bit_length() + 1
+        if c.folds == 1:
+            members = {"clear": In(1)}
+        else:
+            members = {
+                "restart": In(1),
+                "done": In(1),
+                "done_fold": In(c.fold_bits),
+                "fold": In(c.fold_bits),
+            }
         super().__init__(
             {
-                "clear": In(1),
+                **members,
                 "row": In(self.weights),
                 "load": In(1),
                 "add": In(1),
-                "total": Out(data.ArrayLayout(signed(self.total_bits), c.num_experts)),
+                "total": Out(data.ArrayLayout(signed(self.total_bits), c.num_lanes)),
             }
         )
 
     def elaborate(self, platform):
         m = Module()
-        for e in range(self.config.num_experts):
+        if self.config.folds > 1:
+            self._folded(m)
+            return m
+        for e in range(self.config.num_lanes):
             partial = Signal(signed(self.partial_bits), name=f"partial_{e}")
             total = self.total[e]
             with m.If(self.clear):
@@ -101,6 +125,29 @@ class _RowSum(wiring.Component):
                 with m.If(self.add):
                     m.d.sync += total.eq(total + partial)
         return m
+
+    def _folded(self, m: Module) -> None:
+        c = self.config
+        m.submodules.totals = totals = memory.Memory(
+            shape=unsigned(len(self.total.as_value())), depth=c.folds, init=[]
+        )
+        write, read = totals.write_port(), totals.read_port(domain="comb")
+        total = Signal(self.total.shape())
+        restarted = Signal()
+        m.d.sync += restarted.eq(self.restart)
+        m.d.comb += [
+            write.en.eq(self.done),
+            write.addr.eq(self.done_fold),
+            write.data.eq(total),
+            read.addr.eq(self.fold),
+            self.total.as_value().eq(read.data),
+        ]
+        for e in range(c.num_lanes):
+            partial = Signal(signed(self.partial_bits), name=f"partial_{e}")
+            with m.If(self.load):
+                m.d.sync += partial.eq(Mux(self.restart, 0, partial) + self.row[e])
+            with m.If(self.add | restarted):
+                m.d.sync += total[e].eq(Mux(restarted, 0, total[e]) + Mux(self.add, partial, 0))
 
 
 class Predictor(wiring.Component):
@@ -124,11 +171,20 @@ class Predictor(wiring.Component):
     corrected (which is later only where K > 5 + ceil(log2(E))); the others follow every second
     cycle.
 
+    Where ``config.folds`` is more than one, F, everything is as wide as a fold and each pass goes
+    over the folds one after the other. What is kept between: deltas and sums of all folds, in
+    LUT RAM. The scores of a route's layer are graded first, a fold a cycle, in the F cycles from
+    the one in which it was taken on, and two cycles later than otherwise the pass begins. A route
+    asks for the commit F * T + 2 + max(1, 4 - F, 6 - (A + 1) * F) cycles after it was taken
+    (without ``4 - F`` where D = 0). The commit takes n * F + 4 cycles, n being A + 1 for a route,
+    L for a new sequence and 1 for another token. The selector has its first fold 5 cycles after
+    the grant; how long it takes depends on the scores.
+
     ``learning``, ``ordered`` and ``kinds`` are sampled when a route or token is taken;
     ``threshold``, ``prefetching`` and ``absent`` three cycles after ``commit_grant`` (five for a
-    new sequence).
-    ``token`` goes first when both streams are valid at once. Layers must come strictly in order,
-    from layer 0 after each token; ``route.layer`` is not looked at.
+    new sequence). With several folds ``absent`` is looked at until ``commit_done``, the others five
+    cycles after the grant. ``token`` goes first when both streams are valid at once. Layers must
+    come strictly in order, from layer 0 after each token; ``route.layer`` is not looked at.
 
     Parameters
     ----------
@@ -151,6 +207,9 @@ class Predictor(wiring.Component):
         Read port of the score memory, two cycles of latency. It is the predictor's own in the
         cycle in which a route or token is taken, and from ``commit_grant`` until ``commit_done``:
         ``victim_layer`` is not read then.
+    victim_fold, victim_wait : In, Out
+        Only where there are several folds: which of ``victim_layer`` is read; the port is the
+        predictor's own in this cycle (the F - 1 cycles after a route was taken), too.
     threshold : In
         Lowest score that is picked, quarter units.
     learning, ordered, prefetching : In
@@ -193,14 +252,16 @@ class Predictor(wiring.Component):
                 "read_request": In(1),
                 "read_valid": Out(1),
                 "read_value": Out(signed(c.bias_bits)),
+                **({"victim_fold": In(c.fold_bits), "victim_wait": Out(1)} if c.folds > 1 else {}),
             }
         )
 
     def elaborate(self, platform):
         m = Module()
         c = self.config
-        layers, experts, top_k, depth = c.num_layers, c.num_experts, c.top_k, c.depth
+        layers, lanes, top_k, depth = c.num_layers, c.num_lanes, c.top_k, c.depth
         eb = lane_bits(c)
+        folded, fb = c.folds > 1, c.fold_bits if c.folds > 1 else 0
         rank_bits = max(1, (top_k - 1).bit_length())
         # Score rows that a route writes before its own layer's.
         ahead = max(depth, c.look)
@@ -208,12 +269,14 @@ class Predictor(wiring.Component):
         m.submodules.history = history = History(c)
         m.submodules.learner = learner = Learner(c)
         m.submodules.scores = scores = ScoreMemory(c)
-        m.submodules.bias = bias = CorrelationTable(rows=layers, lanes=experts, width=c.bias_bits)
+        m.submodules.bias = bias = CorrelationTable(
+            rows=layers << fb, lanes=lanes, width=c.bias_bits
+        )
         # Tables 1..D are spatial, table 0 is temporal: it is what layer l says of itself.
         tables, sums = [], []
         for d in range(depth + 1):
             name = f"spatial_{d}" if d else "temporal"
-            table = CorrelationTable(rows=layers << eb, lanes=experts, width=c.weight_bits)
+            table = CorrelationTable(rows=layers << eb + fb, lanes=lanes, width=c.weight_bits)
             m.submodules[name] = table
             m.submodules[f"{name}_sum"] = row_sum = _RowSum(c)
             tables.append(table)
@@ -236,10 +299,23 @@ class Predictor(wiring.Component):
         # The event under way ---------------------------------------------------------------------
         is_route, sequence = Signal(), Signal()
         set_ = Signal(data.ArrayLayout(unsigned(eb), top_k))
-        used = Signal(experts)
+        used = Signal(lanes)
         learning, ordered = Signal(), Signal()
         kinds = Signal(depth + 2)
-        m.d.sync += used.eq(Cat(Cat(lane == e for lane in set_).any() for e in range(experts)))
+        # Where there are several folds: of the score row that is asked for next, and of the last.
+        fold_next, fetch_fold = Signal(c.fold_bits), Signal(c.fold_bits)
+        last_fold = fetch_fold == c.folds - 1
+        if folded:
+            fetched_fold = delayed(fetch_fold, 2, "fetched_fold")
+            where = [fold_and_lane(c, lane) for lane in set_]
+            m.d.sync += used.eq(
+                Cat(
+                    Cat((f == fetch_fold) & (lane == e) for f, lane in where).any()
+                    for e in range(lanes)
+                )
+            )
+        else:
+            m.d.sync += used.eq(Cat(Cat(lane == e for lane in set_).any() for e in range(lanes)))
 
         # target[d] is layer l+d. They stand before the route comes: layers keep their order.
         target = [Signal(c.layer_bits, name=f"target_{d}", init=d) for d in range(ahead + 1)]
@@ -261,17 +337,40 @@ class Predictor(wiring.Component):
                         with m.Case(n):
                             m.d.comb += [look_rank.eq(r), first.eq(is_first), add.eq(is_add)]
                 m.d.comb += last_step.eq(step == len(schedule) - 1)
-        m.d.sync += fresh.eq(taken & ~self.token.valid)
-        with m.If(taken & ~self.token.valid):
-            m.d.sync += look_pass.eq(1)
-        with m.If(look_pass):
-            m.d.sync += step.eq(step + 1)
-            with m.If(last_step):
-                m.d.sync += [look_pass.eq(0), learn_pass.eq(1)]
-        with m.If(learn_pass):
-            m.d.sync += rank.eq(rank + 1)
-            with m.If(rank == top_k - 1):
-                m.d.sync += learn_pass.eq(0)
+        if folded:
+            # Each pass goes over all folds. `fresh` is too: a fold's scores are graded in a cycle,
+            # and what comes of it is where the pass finds it two cycles later than otherwise.
+            pass_fold, row_fold = Signal(c.fold_bits), Signal(c.fold_bits)
+            last_pass = pass_fold == c.folds - 1
+            pass_next = Mux(last_pass, 0, pass_fold + 1)
+            begins = delayed(taken & ~self.token.valid, 2, "begins")
+            m.d.sync += fresh.eq((taken & ~self.token.valid) | (fresh & ~last_fold))
+            with m.If(begins[2]):
+                m.d.sync += look_pass.eq(1)
+            with m.If(look_pass):
+                m.d.sync += step.eq(step + 1)
+                with m.If(last_step):
+                    m.d.sync += [step.eq(0), pass_fold.eq(pass_next)]
+                    with m.If(last_pass):
+                        m.d.sync += [look_pass.eq(0), learn_pass.eq(1)]
+            with m.If(learn_pass):
+                m.d.sync += rank.eq(rank + 1)
+                with m.If(rank == top_k - 1):
+                    m.d.sync += [rank.eq(0), pass_fold.eq(pass_next)]
+                    with m.If(last_pass):
+                        m.d.sync += learn_pass.eq(0)
+        else:
+            m.d.sync += fresh.eq(taken & ~self.token.valid)
+            with m.If(taken & ~self.token.valid):
+                m.d.sync += look_pass.eq(1)
+            with m.If(look_pass):
+                m.d.sync += step.eq(step + 1)
+                with m.If(last_step):
+                    m.d.sync += [look_pass.eq(0), learn_pass.eq(1)]
+            with m.If(learn_pass):
+                m.d.sync += rank.eq(rank + 1)
+                with m.If(rank == top_k - 1):
+                    m.d.sync += learn_pass.eq(0)
 
         freshly = delayed(fresh, 2, "fresh")
         learns = delayed(learn_pass, 3, "learn_pass")
@@ -285,21 +384,49 @@ class Predictor(wiring.Component):
 
         look_lane = Signal(eb)
         m.d.comb += look_lane.eq(Array(set_[r] for r in range(top_k))[look_rank])
+        delta = learner.delta
+        if folded:
+            read_fold, _ = fold_and_lane(c, self.read_index.lane)
+            m.d.sync += row_fold.eq(Mux(learn_pass | look_pass, pass_fold, read_fold))
+            # The learner's deltas of all folds; read when the row is presented, for a cycle later.
+            m.submodules.deltas = deltas = memory.Memory(
+                shape=unsigned(len(delta.as_value())), depth=c.folds, init=[]
+            )
+            delta_write, delta_read = deltas.write_port(), deltas.read_port()
+            m.d.comb += [
+                delta_write.en.eq(freshly[2]),
+                delta_write.addr.eq(fetched_fold[2]),
+                delta_write.data.eq(delta),
+                delta_read.addr.eq(row_fold),
+            ]
+            delta = delta_read.data
+            restarts = delayed(look_pass & (step == 0), 5, "restart")
+            dones = delayed(look_pass & last_step, 7, "done")
+            done_folds = delayed(pass_fold, 7, "done_fold")
         others = [history.previous, *(history.recent[d] for d in range(depth))]
         known = [history.previous_known, *history.recent_known]
         for d, (table, row_sum) in enumerate(zip(tables, sums, strict=True)):
             learn_lane = Signal(eb, name=f"learn_lane_{d}")
             lane = Signal(eb, name=f"lane_{d}")
-            # Straight from a register to all lanes of the sum; that of a disabled kind stays 0.
-            clear_sum = Signal(name=f"clear_sum_{d}")
-            m.d.sync += clear_sum.eq(taken | ~kinds[1 + d])
             row_layer = Signal(c.layer_bits, name=f"row_layer_{d}")
             m.d.comb += [
                 learn_lane.eq(Array(others[d][r] for r in range(top_k))[rank]),
-                table.row.eq(Cat(lane, row_layer)),
-                table.delta.eq(learner.delta),
-                row_sum.clear.eq(clear_sum),
+                table.row.eq(Cat(row_fold, lane, row_layer) if folded else Cat(lane, row_layer)),
+                table.delta.eq(delta),
             ]
+            if folded:
+                delay = 3 if d else 5
+                m.d.comb += [
+                    row_sum.restart.eq(restarts[delay]),
+                    row_sum.done.eq(dones[delay + 2]),
+                    row_sum.done_fold.eq(done_folds[delay + 2]),
+                    row_sum.fold.eq(fetch_fold),
+                ]
+            else:
+                # Straight from a register to all lanes of the sum; that of a disabled kind stays 0.
+                clear_sum = Signal(name=f"clear_sum_{d}")
+                m.d.sync += clear_sum.eq(taken | ~kinds[1 + d])
+                m.d.comb += row_sum.clear.eq(clear_sum)
             m.d.sync += [
                 # Between events it is the row that software reads.
                 lane.eq(
@@ -310,12 +437,14 @@ class Predictor(wiring.Component):
                 ),
             ]
             corrected = Signal(name=f"corrected_{d}")
+            # With several folds the sum of a disabled kind stays 0 because nothing is added.
+            adding = adds[4 if d else 6] & kinds[1 + d] if folded else adds[4 if d else 6]
             if d:
                 m.d.comb += [
                     corrected.eq(learns[1]),
                     row_sum.row.eq(table.weights),
                     row_sum.load.eq(loads[3]),
-                    row_sum.add.eq(adds[4]),
+                    row_sum.add.eq(adding),
                 ]
             else:
                 # Rows of this set are corrected as they are looked up, the others afterwards.
@@ -326,13 +455,12 @@ class Predictor(wiring.Component):
                     corrected.eq(Mux(both, loads[1], learns[1])),
                     row_sum.row.eq(table.learnt),
                     row_sum.load.eq(loads[5]),
-                    row_sum.add.eq(adds[6]),
+                    row_sum.add.eq(adding),
                 ]
             m.d.sync += table.learn.eq(corrected & known[d] & learning & kinds[1 + d])
         m.d.comb += [
             bias.learn.eq(freshly[2] & learning & kinds[0]),
             bias.delta.eq(learner.delta),
-            learner.enable.eq(freshly[1]),
             learner.score.eq(scores.score),
             learner.use.eq(scores.use),
             learner.used.eq(used),
@@ -356,7 +484,9 @@ class Predictor(wiring.Component):
         ]
 
         # Score rows, one a cycle: read, added to, written ---------------------------------------
-        fetch_layer, bias_layer = Signal(c.layer_bits), Signal(c.layer_bits)
+        fetch_layer = Signal(c.layer_bits)
+        bias_layer = Signal(c.layer_bits)
+        bias_fold = Signal(c.fold_bits)
         fetching, port, own = Signal(), Signal(), Signal()
         fetch_next, port_next = Signal.like(fetch_layer), Signal()
         rows_left = Signal(range(max(2, layers, ahead + 1)))
@@ -364,13 +494,14 @@ class Predictor(wiring.Component):
         # what resets the registers of the others comes straight from here.
         others_turn = Signal(ahead + 1, init=-1)
         valid = delayed(fetching, 3, "row_valid")
-        last = delayed(fetching & (rows_left == 0), 2, "row_last")
+        last_row = fetching & (rows_left == 0)
+        last = delayed(last_row & last_fold if folded else last_row, 2, "row_last")
         fetched_layer = Signal.like(fetch_layer)
         m.d.sync += fetched_layer.eq(fetch_layer)
         row = Signal(score_layout(c))
         # The lane's own layer starts again from its bias, and so does a new sequence.
         m.d.comb += own.eq(~others_turn[ahead] | sequence)
-        for e in range(experts):
+        for e in range(lanes):
             # A table's sums are 0 but when it is their turn. All sums are 0 for a token.
             parts = []
             for d in range(1, depth + 1):
@@ -382,7 +513,10 @@ class Predictor(wiring.Component):
                 parts.append(part)
             start = Signal(signed(c.score_bits), name=f"start_{e}")
             with m.If(own):
-                m.d.sync += start.eq((bias.weights[e] << FRACTION_BITS) + sums[0].total[e])
+                again = sums[0].total[e]
+                if folded:
+                    again = Mux(is_route, again, 0)
+                m.d.sync += start.eq((bias.weights[e] << FRACTION_BITS) + again)
             with m.Else():
                 m.d.sync += start.eq(0)
             part = start
@@ -404,7 +538,6 @@ class Predictor(wiring.Component):
             scores.write_score.eq(valid[2]),
             scores.use_layer.eq(layer),
             scores.use_row.eq(learner.use_next),
-            scores.write_use.eq(finish & is_route),
             history.layer.eq(layer),
             history.write.eq(finish & is_route),
             history.row.eq(set_),
@@ -412,8 +545,26 @@ class Predictor(wiring.Component):
             self.commit_done.eq(finish),
             self.victim_score.eq(scores.score),
             self.victim_use.eq(scores.use),
-            bias.row.eq(bias_layer),
         ]
+        if folded:
+            # Use counts are written with the scores of their fold, as they need no place then.
+            uses = delayed(fetching & ~others_turn[ahead], 2, "row_use")
+            m.d.comb += [
+                learner.enable.eq(freshly[1] | valid[1]),
+                scores.fold.eq(fold_next),
+                scores.victim_fold.eq(self.victim_fold),
+                scores.score_fold.eq(fetched_fold[1]),
+                scores.use_fold.eq(fetched_fold[1]),
+                scores.write_use.eq(uses[2]),
+                self.victim_wait.eq(fresh & ~last_fold),
+                bias.row.eq(Cat(bias_fold, bias_layer)),
+            ]
+        else:
+            m.d.comb += [
+                learner.enable.eq(freshly[1]),
+                scores.write_use.eq(finish & is_route),
+                bias.row.eq(bias_layer),
+            ]
         with m.If(finish & is_route):
             # The route that comes next.
             m.d.sync += [
@@ -426,11 +577,32 @@ class Predictor(wiring.Component):
         if c.look:
             m.submodules.selector = selector = Selector(c)
             start_selection = Signal()
+            absent = self.absent
+            if folded:
+                # The first layer's folds.
+                nearest = Signal()
+                offers = delayed(fetching & nearest, 2, "row_offered")
+                with m.If(~fetching):
+                    m.d.sync += nearest.eq(1)
+                with m.Elif(last_fold):
+                    m.d.sync += nearest.eq(0)
+                chosen = Mux(start_selection, self.prefetching, selecting)
+                m.d.comb += [
+                    start_selection.eq(offers[2] & (fetched_fold[2] == 0)),
+                    selector.start.eq(offers[2] & chosen),
+                    selector.fold.eq(fetched_fold[2]),
+                ]
+                absent = Array(absent[n * lanes : (n + 1) * lanes] for n in range(c.folds))[
+                    fetched_fold[2]
+                ]
+            else:
+                m.d.comb += [
+                    start_selection.eq(valid[2] & ~valid[3]),
+                    selector.start.eq(start_selection & self.prefetching),
+                ]
             m.d.comb += [
-                start_selection.eq(valid[2] & ~valid[3]),
-                selector.start.eq(start_selection & self.prefetching),
                 selector.score.eq(row),
-                selector.candidates.eq(self.absent),
+                selector.candidates.eq(absent),
                 selector.threshold.eq(self.threshold),
                 selector.layer.eq(self.select_layer),
                 selector.hold.eq(~delivering),
@@ -453,6 +625,28 @@ class Predictor(wiring.Component):
         m.d.sync += [port.eq(port_next), fetch_layer.eq(fetch_next)]
         # Cycles from the last step of the pass until the sums are there when they are needed.
         settle = max(4 if depth else 0, 6 - ahead)
+        if folded:
+            settle = max(1, 4 - c.folds if depth else 0, 6 - (ahead + 1) * c.folds)
+            m.d.sync += fetch_fold.eq(fold_next)
+            following_fold = Mux(last_fold, 0, fetch_fold + 1)
+
+        def next_row():
+            m.d.comb += fetch_next.eq(following(fetch_layer))
+            m.d.sync += [others_turn.eq(Cat(1, others_turn)), rows_left.eq(rows_left - 1)]
+            with m.If(~others_turn[ahead - 1] if ahead else Const(0)):
+                m.d.comb += fetch_next.eq(layer)
+            with m.If(rows_left == 0):
+                m.d.sync += others_turn.eq(-1)
+                m.next = "WRITE"
+
+        def next_bias():
+            """Folds go round, two ahead of the scores'; a new sequence needs that of all layers."""
+            last_bias = bias_fold == c.folds - 1
+            m.d.sync += [
+                bias_fold.eq(Mux(last_bias, 0, bias_fold + 1)),
+                bias_layer.eq(bias_layer + (sequence & last_bias)),
+            ]
+
         with m.FSM():
             with m.State("IDLE"):
                 route = self.route.payload
@@ -470,6 +664,7 @@ class Predictor(wiring.Component):
                     step.eq(0),
                     others_turn.eq(-1),
                     bias_layer.eq(Mux(taken, layer, self.read_index.layer)),
+                    *([bias_fold.eq(Mux(taken, 0, read_fold))] if folded else []),
                     self.select_layer.eq(target[min(1, ahead)]),
                 ]
                 with m.If(taken):
@@ -492,8 +687,18 @@ class Predictor(wiring.Component):
                         m.next = "LOOK"
             with m.State("LOOK"):
                 m.d.comb += fetch_next.eq(target[1] if ahead else layer)
-                with m.If(last_step & look_pass):
-                    m.next = "SETTLE-1"
+                passed = last_step & look_pass
+                if folded:
+                    passed &= last_pass
+                    m.d.sync += bias_fold.eq(fetch_fold)
+                    with m.If(fresh & ~last_fold):
+                        m.d.comb += [
+                            port_next.eq(1),
+                            fetch_next.eq(layer),
+                            fold_next.eq(fetch_fold + 1),
+                        ]
+                with m.If(passed):
+                    m.next = "SETTLE-1" if settle > 1 else "REQUEST"
             for n in range(1, settle):
                 with m.State(f"SETTLE-{n}"):
                     m.next = f"SETTLE-{n + 1}" if n + 1 < settle else "REQUEST"
@@ -502,32 +707,32 @@ class Predictor(wiring.Component):
                 m.d.sync += others_turn.eq(Cat(~is_route, Const(1).replicate(ahead)))
                 with m.If(self.commit_grant):
                     m.d.comb += port_next.eq(1)
-                    with m.If(sequence):
+                    if folded:
                         m.next = "BIAS-1"
-                    with m.Else():
-                        m.next = "COMMIT"
+                    else:
+                        with m.If(sequence):
+                            m.next = "BIAS-1"
+                        with m.Else():
+                            m.next = "COMMIT"
             # The bias of a layer is there two cycles after it was asked for.
             for n in (1, 2):
                 with m.State(f"BIAS-{n}"):
                     m.d.comb += port_next.eq(1)
-                    m.d.sync += bias_layer.eq(bias_layer + 1)
+                    if folded:
+                        next_bias()
+                    else:
+                        m.d.sync += bias_layer.eq(bias_layer + 1)
                     m.next = "COMMIT" if n == 2 else "BIAS-2"
             with m.State("COMMIT"):
-                m.d.comb += [
-                    fetching.eq(1),
-                    port_next.eq(1),
-                    fetch_next.eq(following(fetch_layer)),
-                ]
-                m.d.sync += [
-                    others_turn.eq(Cat(1, others_turn)),
-                    rows_left.eq(rows_left - 1),
-                    bias_layer.eq(Mux(sequence, bias_layer + 1, bias_layer)),
-                ]
-                with m.If(~others_turn[ahead - 1] if ahead else Const(0)):
-                    m.d.comb += fetch_next.eq(layer)
-                with m.If(rows_left == 0):
-                    m.d.sync += others_turn.eq(-1)
-                    m.next = "WRITE"
+                m.d.comb += [fetching.eq(1), port_next.eq(1)]
+                if folded:
+                    m.d.comb += fold_next.eq(following_fold)
+                    next_bias()
+                    with m.If(last_fold):
+                        next_row()
+                else:
+                    m.d.sync += bias_layer.eq(Mux(sequence, bias_layer + 1, bias_layer))
+                    next_row()
             with m.State("WRITE"):
                 with m.If(finish):
                     m.next = "SELECT"

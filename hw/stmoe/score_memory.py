@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Const, Module, Mux, Signal, signed, unsigned
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import data, memory, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -19,7 +19,7 @@ GROUPS = 4
 
 def score_layout(config: EngineConfig) -> data.ArrayLayout:
     """One score for each lane, quarter units."""
-    return data.ArrayLayout(signed(config.score_bits), config.num_experts)
+    return data.ArrayLayout(signed(config.score_bits), config.num_lanes)
 
 
 class ScoreMemory(wiring.Component):
@@ -34,6 +34,11 @@ class ScoreMemory(wiring.Component):
     the row inputs must be 0 (they come from registers that have not been loaded yet, which saves
     a multiplexer of a whole row).
 
+    Where ``config.folds`` is more than one, a layer has a row for each fold, clearing takes a cycle
+    for each of them (of ``1 << fold_bits`` folds a layer), and each address has a fold beside its
+    layer. The rows are so many that they are in block RAM: a write is seen by reads presented
+    after its cycle, and what a read of that row in its cycle gives is undefined.
+
     Parameters
     ----------
     config : :class:`EngineConfig`
@@ -43,6 +48,8 @@ class ScoreMemory(wiring.Component):
     own : In
         ``layer`` is read in this cycle, else ``victim_layer``.
     layer, victim_layer : In
+    fold, victim_fold : In
+        Only where there are several.
     blank : In
         Scores that were asked for in the cycle before are given as 0.
     score, use : Out
@@ -51,6 +58,8 @@ class ScoreMemory(wiring.Component):
         Write ``score_row``, ``use_row`` to the layer given one cycle before.
     score_layer, use_layer : In
         Layer of a write in the next cycle.
+    score_fold, use_fold : In
+        Its fold, where there are several.
     clear_done : Out
     """
 
@@ -59,6 +68,7 @@ class ScoreMemory(wiring.Component):
             raise TypeError(f"config must be an EngineConfig, not {config!r}")
         self.config = config
         layer, score, use = config.layer_bits, score_layout(config), use_layout(config)
+        folds = ("fold", "victim_fold", "score_fold", "use_fold") if config.folds > 1 else ()
         super().__init__(
             {
                 "own": In(1),
@@ -74,45 +84,62 @@ class ScoreMemory(wiring.Component):
                 "use_layer": In(layer),
                 "use_row": In(use),
                 "clear_done": Out(1),
+                **{name: In(config.fold_bits) for name in folds},
             }
         )
 
     def elaborate(self, platform):
         m = Module()
-        layers = self.config.num_layers
-        read_layer = Signal(self.config.layer_bits)
-        m.d.comb += read_layer.eq(Mux(self.own, self.layer, self.victim_layer))
+        c = self.config
+        rows, bits = c.num_layers, c.layer_bits
+        addresses = [self.layer, self.victim_layer, self.score_layer, self.use_layer]
+        if c.folds > 1:
+            folds = [self.fold, self.victim_fold, self.score_fold, self.use_fold]
+            rows, bits = rows << c.fold_bits, bits + c.fold_bits
+            addresses = [Cat(*pair) for pair in zip(folds, addresses, strict=True)]
+        own, victim, score_address, use_address = addresses
+        read_layer = Signal(bits)
+        m.d.comb += read_layer.eq(Mux(self.own, own, victim))
 
         def kind(name, width, blank, row_read, enable, layer, row_write):
-            write_layer = Signal(self.config.layer_bits, name=f"{name}_write_layer")
+            write_layer = Signal(bits, name=f"{name}_write_layer")
             # Straight from a register: it goes to hundreds of LUT RAMs.
             with m.If(self.clear_done):
                 m.d.sync += write_layer.eq(layer)
             with m.Else():
                 m.d.sync += write_layer.eq(write_layer + 1)
-                with m.If(write_layer == layers - 1):
+                with m.If(write_layer == rows - 1):
                     m.d.sync += self.clear_done.eq(1)
-            share = -(-self.config.num_experts // GROUPS)
-            for group, first in enumerate(range(0, self.config.num_experts, share)):
+            share = -(-c.num_lanes // GROUPS)
+            for group, first in enumerate(range(0, c.num_lanes, share)):
                 lanes = slice(width * first, width * (first + share))
                 part = row_write.as_value()[lanes]
                 m.submodules[f"{name}_{group}"] = ram = memory.Memory(
-                    shape=unsigned(len(part)), depth=max(2, layers), init=[]
+                    shape=unsigned(len(part)),
+                    depth=max(2, rows),
+                    init=[],
+                    # No row of block RAM is needed that is read as it is written.
+                    attrs={"no_rw_check": 1} if c.folds > 1 else {},
                 )
-                # The registers of the port are written out: the address for its own sake, the
-                # data because they can be blanked. Synthesis merges equal flip-flops into one, so
-                # these differ, bit by bit, in how they start and whether they are reset.
-                read, write = ram.read_port(domain="comb"), ram.write_port()
-                address = Signal(
-                    self.config.layer_bits,
-                    name=f"{name}_{group}_layer",
-                    init=-(group & 1) % (1 << self.config.layer_bits),
-                    reset_less=group & 2 != 0,
-                )
+                write = ram.write_port()
+                if c.folds > 1:
+                    read = ram.read_port()
+                    m.d.comb += read.addr.eq(read_layer)
+                else:
+                    # The registers of the port are written out: the address for its own sake, the
+                    # data because they can be blanked. Synthesis merges equal flip-flops into one,
+                    # so these differ, bit by bit, in how they start and whether they are reset.
+                    read = ram.read_port(domain="comb")
+                    address = Signal(
+                        bits,
+                        name=f"{name}_{group}_layer",
+                        init=-(group & 1) % (1 << bits),
+                        reset_less=group & 2 != 0,
+                    )
+                    m.d.sync += address.eq(read_layer)
+                    m.d.comb += read.addr.eq(address)
                 data_read = Signal(len(part), name=f"{name}_{group}_read", reset_less=True)
-                m.d.sync += address.eq(read_layer)
                 m.d.comb += [
-                    read.addr.eq(address),
                     row_read.as_value()[lanes].eq(data_read),
                     write.en.eq(enable | ~self.clear_done),
                     write.addr.eq(write_layer),
@@ -125,11 +152,11 @@ class ScoreMemory(wiring.Component):
 
         kind(
             "score_rows",
-            self.config.score_bits,
+            c.score_bits,
             self.blank,
             self.score,
             self.write_score,
-            self.score_layer,
+            score_address,
             self.score_row,
         )
         kind(
@@ -138,7 +165,7 @@ class ScoreMemory(wiring.Component):
             Const(0),
             self.use,
             self.write_use,
-            self.use_layer,
+            use_address,
             self.use_row,
         )
         return m

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
-from amaranth.lib import stream, wiring
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
+from amaranth.lib import memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from stmoe_golden.config import EngineConfig
 
+from .folded_lanes import expert_of
 from .payloads import selection_layout
 from .score_memory import score_layout
 
@@ -37,16 +38,27 @@ class Selector(wiring.Component):
     follow every second cycle. It ends after ``num_select`` picks, when no candidate is left, or at
     the first score below the threshold (the rest cannot be higher).
 
+    Where ``config.folds`` is more than one, F, the tree has ``num_lanes`` leaves and the folds go
+    through it one after the other. What it gives is put in its place in a list of the best so far,
+    behind what is not lower (an earlier fold's experts come first), until a score is below the
+    threshold or too low for a full list; then the next fold begins. A fold with p candidates put
+    in the list takes 2 + ceil(log2(num_lanes)) + 2p cycles (2 + p where ``num_lanes`` is 1). After
+    the last one the list is the selection: its first pick is at ``o`` in the cycle after, one
+    cycle and those of all folds after the first ``start``, the others follow every cycle.
+
     Parameters
     ----------
     config : :class:`EngineConfig`
-        Uses ``num_experts``, ``num_select`` and the widths.
+        Uses ``num_experts``, ``num_lanes``, ``num_select`` and the widths.
 
     Members
     -------
     start : In
         One cycle, not before ``over`` of the last selection: take ``score``, ``candidates``,
-        ``threshold`` and ``layer``.
+        ``threshold`` and ``layer``. With several folds F cycles, the folds in their order,
+        one a cycle: only ``score`` and ``candidates`` are taken with those after the first.
+    fold : In
+        Only where there are several.
     score : In
         Quarter units.
     candidates : In
@@ -68,11 +80,13 @@ class Selector(wiring.Component):
         if not isinstance(config, EngineConfig):
             raise TypeError(f"config must be an EngineConfig, not {config!r}")
         self.config = config
+        folds = {"fold": In(config.fold_bits)} if config.folds > 1 else {}
         super().__init__(
             {
                 "start": In(1),
+                **folds,
                 "score": In(score_layout(config)),
-                "candidates": In(config.num_experts),
+                "candidates": In(config.num_lanes),
                 "threshold": In(signed(config.score_bits)),
                 "layer": In(config.layer_bits),
                 "hold": In(1),
@@ -88,27 +102,10 @@ class Selector(wiring.Component):
         threshold = Signal.like(self.threshold)
         layer = Signal.like(self.layer)
 
-        nodes = []
-        for e in range(c.num_experts):
-            score = Signal(signed(c.score_bits), name=f"leaf_{e}_score")
-            valid = Signal(name=f"leaf_{e}_valid")
-            leaf = _Node(f"leaf_{e}", score, e, valid, Const(1))
-            with m.If(leaf.take):
-                m.d.sync += valid.eq(0)
-            with m.If(self.start):
-                m.d.sync += [score.eq(self.score[e]), valid.eq(self.candidates[e])]
-            nodes.append(leaf)
-        level = 0
-        while len(nodes) > 1:
-            above = []
-            for i in range(0, len(nodes), 2):
-                pair = nodes[i : i + 2]
-                if len(pair) == 1:
-                    above.append(pair[0])
-                    continue
-                above.append(self._join(m, f"node_{level}_{i // 2}", level, *pair))
-            nodes, level = above, level + 1
-        (root,) = nodes
+        if c.folds > 1:
+            self._folded(m, threshold, layer)
+            return m
+        root = self._tree(m, self.start, self.score, self.candidates)
 
         count = Signal(range(c.num_select + 1))
         full = Signal()
@@ -147,10 +144,118 @@ class Selector(wiring.Component):
             ]
         return m
 
-    def _join(self, m, name, level, first, second):
+    def _tree(self, m, start, row, candidates) -> _Node:
+        """The root of a tournament that begins anew with ``start``."""
+        c = self.config
+        nodes = []
+        for e in range(c.num_lanes):
+            score = Signal(signed(c.score_bits), name=f"leaf_{e}_score")
+            valid = Signal(name=f"leaf_{e}_valid")
+            leaf = _Node(f"leaf_{e}", score, e, valid, Const(1))
+            with m.If(leaf.take):
+                m.d.sync += valid.eq(0)
+            with m.If(start):
+                m.d.sync += [score.eq(row[e]), valid.eq(candidates[e])]
+            nodes.append(leaf)
+        level = 0
+        while len(nodes) > 1:
+            above = []
+            for i in range(0, len(nodes), 2):
+                pair = nodes[i : i + 2]
+                if len(pair) == 1:
+                    above.append(pair[0])
+                    continue
+                above.append(self._join(m, f"node_{level}_{i // 2}", start, *pair))
+            nodes, level = above, level + 1
+        (root,) = nodes
+        return root
+
+    def _folded(self, m, threshold, layer) -> None:
+        """All that is around the tree where several folds go through it."""
+        c = self.config
+        row_bits = len(self.score.as_value())
+        # Rows wait here for the folds before them.
+        m.submodules.rows = rows = memory.Memory(
+            shape=unsigned(row_bits + c.num_lanes), depth=c.folds, init=[]
+        )
+        write, read = rows.write_port(), rows.read_port(domain="comb")
+        fold = Signal(c.fold_bits)
+        loading, comparing = Signal(), Signal()
+        first = Signal()
+        m.d.comb += [
+            write.en.eq(self.start),
+            write.addr.eq(self.fold),
+            write.data.eq(Cat(self.score, self.candidates)),
+            read.addr.eq(fold),
+            first.eq(self.start & (self.fold == 0)),
+        ]
+        row = Signal(score_layout(c))
+        m.d.comb += row.as_value().eq(read.data)
+        root = self._tree(m, loading, row, read.data[row_bits:])
+
+        # The best so far, in order.
+        expert_bits = (c.num_experts - 1).bit_length()
+        best = [
+            (
+                Signal(signed(c.score_bits), name=f"best_{n}_score"),
+                Signal(expert_bits, name=f"best_{n}_expert"),
+                Signal(name=f"best_{n}_valid"),
+            )
+            for n in range(c.num_select)
+        ]
+        expert = Signal(expert_bits)
+        stays = [valid & (score >= root.score) for score, _, valid in best]
+        passes, last = Signal(), Signal()
+        delivering = Signal()
+        m.d.comb += [
+            expert.eq(expert_of(c, fold, Value.cast(root.lane))),
+            last.eq(fold == c.folds - 1),
+            # Where the last one stays the list is full of what is not lower.
+            passes.eq(root.valid & (root.score >= threshold) & ~stays[-1]),
+            root.take.eq(comparing & root.ready & passes),
+            self.o.payload.layer.eq(layer),
+            self.o.payload.expert.eq(best[0][1]),
+            self.o.payload.score.eq(best[0][0]),
+            self.o.valid.eq(delivering & best[0][2] & ~self.hold),
+            self.over.eq(delivering & ~best[0][2] & ~self.hold),
+        ]
+        with m.If(loading):
+            m.d.sync += [loading.eq(0), comparing.eq(1)]
+        with m.If(comparing & root.ready & ~passes):
+            m.d.sync += [
+                comparing.eq(0),
+                fold.eq(fold + 1),
+                loading.eq(~last),
+                delivering.eq(last),
+            ]
+        with m.If(self.over):
+            m.d.sync += delivering.eq(0)
+        for n, (score, lane, valid) in enumerate(best):
+            with m.If(root.take & ~stays[n]):
+                new = stays[n - 1] if n else Const(1)
+                before = best[max(0, n - 1)]
+                m.d.sync += [
+                    score.eq(Mux(new, root.score, before[0])),
+                    lane.eq(Mux(new, expert, before[1])),
+                    valid.eq(Mux(new, 1, before[2])),
+                ]
+            with m.If(self.o.valid & self.o.ready):
+                after = best[n + 1] if n + 1 < c.num_select else (Const(0), Const(0), Const(0))
+                m.d.sync += [score.eq(after[0]), lane.eq(after[1]), valid.eq(after[2])]
+            with m.If(first):
+                m.d.sync += valid.eq(0)
+        with m.If(first):
+            m.d.sync += [
+                loading.eq(1),
+                fold.eq(0),
+                threshold.eq(self.threshold),
+                layer.eq(self.layer),
+            ]
+
+    def _join(self, m, name, start, first, second):
         """A node above ``first`` and ``second``, whose lanes are all lower than ``second``'s."""
         score = Signal(signed(self.config.score_bits), name=f"{name}_score")
-        lane = Signal(range(max(2, self.config.num_experts)), name=f"{name}_lane")
+        lane = Signal(range(max(2, self.config.num_lanes)), name=f"{name}_lane")
         valid = Signal(name=f"{name}_valid")
         ready = Signal(name=f"{name}_ready")
         node = _Node(name, score, lane, valid, ready)
@@ -173,7 +278,7 @@ class Selector(wiring.Component):
                 score.eq(Mux(higher, second.score, first.score)),
                 lane.eq(Mux(higher, second.lane, first.lane)),
             ]
-        with m.If(self.start):
+        with m.If(start):
             m.d.sync += ready.eq(0)
         with m.Else():
             m.d.sync += ready.eq((ready | (first.ready & second.ready)) & ~node.take)

@@ -87,7 +87,8 @@ class SlotManager(wiring.Component):
 
     Latency, in cycles from the one in which ``route`` is taken: a resident expert's grant is valid
     3 later; the load of the first missing expert is handed to the DMA scheduler 1 later when a
-    slot is free, 8 + ceil(log2(E)) later when a victim is to be chosen.
+    slot is free, 8 + ceil(log2(E)) later when a victim is to be chosen (with F folds, more than
+    one, 7 + 2F + ceil(log2(num_lanes))).
 
     **Relocation.** With ``config.buffer`` = axi a register commit may change where slots lie. It is
     begun only when no load is under way, every grant has been released and no write is owed; until
@@ -105,7 +106,8 @@ class SlotManager(wiring.Component):
     token, route, release, grant
         The engine's streams (architecture section 4).
     predictor_token, predictor_route, commit_request, commit_grant, commit_done, absent,
-    select_layer, selected, selection_over, victim_score, victim_use, victim_layer
+    select_layer, selected, selection_over, victim_score, victim_use, victim_layer, victim_fold,
+    victim_wait
         The predictor's side of :class:`stmoe.predictor.Predictor`.
     start, start_transfer, promote, promote_transfer, cancel, cancel_transfer, cancel_late,
     completion, prefetch_ready
@@ -133,6 +135,7 @@ class SlotManager(wiring.Component):
         experts = c.num_experts
         self.behind_axi = c.buffer == "axi"
         writer = {"relocates": In(1), "writer_idle": In(1)}
+        folds = {"victim_fold": Out(c.fold_bits), "victim_wait": In(1)} if c.folds > 1 else {}
         super().__init__(
             {
                 "token": In(stream.Signature(token_layout(c))),
@@ -157,8 +160,9 @@ class SlotManager(wiring.Component):
                 "select_layer": In(c.layer_bits),
                 "selected": In(stream.Signature(selection_layout(c))),
                 "victim_layer": Out(c.layer_bits),
-                "victim_score": In(data.ArrayLayout(signed(c.score_bits), experts)),
-                "victim_use": In(data.ArrayLayout(unsigned(USE_BITS), experts)),
+                **folds,
+                "victim_score": In(data.ArrayLayout(signed(c.score_bits), c.num_lanes)),
+                "victim_use": In(data.ArrayLayout(unsigned(USE_BITS), c.num_lanes)),
                 "start": Out(stream.Signature(load_layout(c))),
                 "start_transfer": In(c.transfer_bits),
                 "promote": Out(1),
@@ -314,6 +318,11 @@ class SlotManager(wiring.Component):
             chooser.current_set.eq(event_set),
             table.quota.eq(self.quota),
         ]
+        if c.folds > 1:
+            m.d.comb += [
+                self.victim_fold.eq(chooser.score_fold),
+                chooser.wait.eq(self.victim_wait),
+            ]
 
         entry = queue.o.payload
         load_layer = Signal(c.layer_bits)

@@ -13,6 +13,7 @@ from amaranth.lib.wiring import In, Out
 from stmoe_golden.config import EngineConfig
 
 from .expert_map import lane_bits
+from .folded_lanes import fold_and_lane
 
 __all__ = ["TableReader", "table_index_layout"]
 
@@ -38,9 +39,10 @@ def table_index_layout(config: EngineConfig) -> data.StructLayout:
 class TableReader(wiring.Component):
     """Picks a weight from the rows that the tables give, in three registered steps.
 
-    Whoever owns the tables presents the row that ``index`` names in the cycle after each cycle
-    with ``pause``; it is at the inputs two cycles later. ``valid`` comes six cycles after a cycle
-    with ``pause``, if ``request`` was high in all of them.
+    Whoever owns the tables presents the row that ``index`` names (with several folds, the part of
+    it that has the lane) in the cycle after each cycle with ``pause``; it is at the inputs two
+    cycles later. ``valid`` comes six cycles after a cycle with ``pause``, if ``request`` was high
+    in all of them.
 
     The tables themselves do half of it: in the rows that are presented after a ``pause`` they give
     all lanes but one as 0 (a register's reset costs nothing), so the lanes need only be joined by
@@ -78,18 +80,18 @@ class TableReader(wiring.Component):
         if not isinstance(config, EngineConfig):
             raise TypeError(f"config must be an EngineConfig, not {config!r}")
         self.config = c = config
-        row = data.ArrayLayout(signed(c.weight_bits), c.num_experts)
+        row = data.ArrayLayout(signed(c.weight_bits), c.num_lanes)
         super().__init__(
             {
-                "bias": In(data.ArrayLayout(signed(c.bias_bits), c.num_experts)),
+                "bias": In(data.ArrayLayout(signed(c.bias_bits), c.num_lanes)),
                 "weights": In(data.ArrayLayout(row, c.depth + 1)),
                 "clear_done": In(1),
                 "index": In(table_index_layout(c)),
                 "request": In(1),
                 "pause": In(1),
                 "mute_bias": In(1),
-                "blank": Out(c.num_experts, init=-1),
-                "blank_bias": Out(c.num_experts, init=-1),
+                "blank": Out(c.num_lanes, init=-1),
+                "blank_bias": Out(c.num_lanes, init=-1),
                 "valid": Out(1),
                 "value": Out(signed(c.bias_bits)),
             }
@@ -101,7 +103,8 @@ class TableReader(wiring.Component):
         # The tables take the row two cycles after `pause`, one after it is presented.
         pause = Signal()
         m.d.sync += pause.eq(self.pause)
-        blank = Cat(pause & (self.index.lane != e) for e in range(c.num_experts))
+        index_lane = self.index.lane if c.folds == 1 else fold_and_lane(c, self.index.lane)[1]
+        blank = Cat(pause & (index_lane != e) for e in range(c.num_lanes))
         for out, all_lanes in (
             (self.blank, ~self.clear_done),
             (self.blank_bias, ~self.clear_done | self.mute_bias),
@@ -115,9 +118,9 @@ class TableReader(wiring.Component):
         for table, row in enumerate([self.bias, *(self.weights[d] for d in range(c.depth + 1))]):
             width = c.weight_bits if table else c.bias_bits
             groups = []
-            for first in range(0, c.num_experts, GROUP):
+            for first in range(0, c.num_lanes, GROUP):
                 group = Signal(width, name=f"group_{table}_{first // GROUP}")
-                lanes = [row[e] for e in range(first, min(first + GROUP, c.num_experts))]
+                lanes = [row[e] for e in range(first, min(first + GROUP, c.num_lanes))]
                 m.d.sync += group.eq(reduce(or_, lanes))
                 groups.append(group)
             lane = Signal(signed(width), name=f"picked_{table}")

@@ -3,30 +3,35 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Module, Mux, Signal, signed, unsigned
+from amaranth.hdl import Array, Cat, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from stmoe_golden.config import FRACTION_BITS, USE_BITS, EngineConfig
 
 from .expert_map import LaneState, lane_bits
+from .folded_lanes import expert_of, fold_and_lane, sublane_bits
 
 __all__ = ["VictimChooser"]
 
 
 class _LowestValue(wiring.Component):
-    """Pipelined minimum over E lanes, one comparison level per cycle; ties to the lowest lane.
+    """Pipelined minimum over the lanes, one comparison level per cycle; ties to the lowest lane.
 
-    Latency is ``levels`` cycles, ceil(log2(E)); a new row may enter every cycle.
+    Latency is ``levels`` cycles, ceil(log2(num_lanes)); a new row may enter every cycle. With
+    several folds it is one cycle more, and the answer is the lowest of all rows from the last one
+    with ``first`` on, ties to the row that came first.
     """
 
     def __init__(self, config: EngineConfig):
         self.config = config
-        self.levels = (config.num_experts - 1).bit_length()
+        self.levels = (config.num_lanes - 1).bit_length() + (config.folds > 1)
+        folds = {"first": In(1), "fold": In(config.fold_bits)} if config.folds > 1 else {}
         super().__init__(
             {
-                "values": In(data.ArrayLayout(signed(config.value_bits), config.num_experts)),
-                "mask": In(config.num_experts),
+                "values": In(data.ArrayLayout(signed(config.value_bits), config.num_lanes)),
+                "mask": In(config.num_lanes),
+                **folds,
                 "found": Out(1),
                 "lane": Out(lane_bits(config)),
                 "value": Out(signed(config.value_bits)),
@@ -37,16 +42,17 @@ class _LowestValue(wiring.Component):
         m = Module()
         c = self.config
         nodes = []
-        for e in range(c.num_experts):
+        for e in range(c.num_lanes):
             nodes.append((self.mask[e], self.values[e], e))
         level = 0
+        lane_width = lane_bits(c) if c.folds == 1 else sublane_bits(c)
         while len(nodes) > 1:
             above = []
             for i in range(0, len(nodes), 2):
                 pair = nodes[i : i + 2]
                 found = Signal(name=f"found_{level}_{i}")
                 value = Signal(signed(c.value_bits), name=f"value_{level}_{i}")
-                lane = Signal(lane_bits(c), name=f"lane_{level}_{i}")
+                lane = Signal(lane_width, name=f"lane_{level}_{i}")
                 if len(pair) == 1:
                     ((f, v, n),) = pair
                     m.d.sync += [found.eq(f), value.eq(v), lane.eq(n)]
@@ -63,7 +69,23 @@ class _LowestValue(wiring.Component):
             nodes = above
             level += 1
         ((found, value, lane),) = nodes
-        m.d.comb += [self.found.eq(found), self.value.eq(value), self.lane.eq(lane)]
+        if c.folds == 1:
+            m.d.comb += [self.found.eq(found), self.value.eq(value), self.lane.eq(lane)]
+            return m
+        first, fold = self.first, self.fold
+        for n in range(level):
+            first_next = Signal(name=f"first_{n}")
+            fold_next = Signal(c.fold_bits, name=f"fold_{n}")
+            m.d.sync += [first_next.eq(first), fold_next.eq(fold)]
+            first, fold = first_next, fold_next
+        # While the inputs stay as they are the last row comes again and again: it is not lower.
+        lower = found & (~self.found | (value < self.value))
+        with m.If(first | lower):
+            m.d.sync += [
+                self.found.eq(found),
+                self.value.eq(value),
+                self.lane.eq(expert_of(c, fold, Value.cast(lane))),
+            ]
         return m
 
 
@@ -78,10 +100,11 @@ class VictimChooser(wiring.Component):
     walk and the lowest expert.
 
     The answer comes with ``done``, which stays high until the next ``start`` (and is high after
-    reset). The walk's first
-    choice takes :attr:`latency` cycles from ``start``, 6 + ceil(log2(E)). The last resort of a
-    demand looks at one layer after the other, as many cycles each; one without an evictable
-    expert costs 2.
+    reset). The walk's first choice takes :attr:`latency` cycles from ``start``, 6 + ceil(log2(E)).
+    The last resort of a demand looks at one layer after the other, as many cycles each; one without
+    an evictable expert costs 2. With F folds, more than one, the first choice takes 7 + F +
+    ceil(log2(num_lanes)) cycles, and as many more as there are cycles with ``wait`` from the one
+    after ``start`` on.
 
     Source: architecture section 2, *Victim*.
 
@@ -97,6 +120,11 @@ class VictimChooser(wiring.Component):
         asked for in the cycle of ``start``.
     score, use : In
         Rows of the ``score_layer`` of two cycles before, so of the same layer as ``row``.
+    score_fold : Out
+        Only where there are several: which fold of ``score_layer``.
+    wait : In
+        Only where there are several folds: what is asked for in this cycle does not come. Not
+        looked at after the first cycle without it since ``start``.
     over, any_ready : In
         Flags of each layer from the expert map.
     busy : Out
@@ -108,7 +136,8 @@ class VictimChooser(wiring.Component):
 
     def __init__(self, config: EngineConfig):
         self.config = c = config
-        experts = c.num_experts
+        experts, lanes = c.num_experts, c.num_lanes
+        folds = {"score_fold": Out(c.fold_bits), "wait": In(1)} if c.folds > 1 else {}
         super().__init__(
             {
                 "start": In(1),
@@ -119,9 +148,10 @@ class VictimChooser(wiring.Component):
                 "current_set": In(experts),
                 "row_layer": Out(c.layer_bits),
                 "score_layer": Out(c.layer_bits),
+                **folds,
                 "row": In(data.ArrayLayout(LaneState, experts)),
-                "score": In(data.ArrayLayout(signed(c.score_bits), experts)),
-                "use": In(data.ArrayLayout(unsigned(USE_BITS), experts)),
+                "score": In(data.ArrayLayout(signed(c.score_bits), lanes)),
+                "use": In(data.ArrayLayout(unsigned(USE_BITS), lanes)),
                 "over": In(c.num_layers),
                 "any_ready": In(c.num_layers),
                 "busy": Out(1),
@@ -136,12 +166,13 @@ class VictimChooser(wiring.Component):
     @property
     def latency(self) -> int:
         """Cycles from ``start`` to ``done`` when the walk's first choice is taken."""
-        return 6 + (self.config.num_experts - 1).bit_length()
+        c = self.config
+        return 6 + (c.num_lanes - 1).bit_length() + (c.folds + 1 if c.folds > 1 else 0)
 
     def elaborate(self, platform):
         m = Module()
         c = self.config
-        layers, experts = c.num_layers, c.num_experts
+        layers, experts, lanes = c.num_layers, c.num_experts, c.num_lanes
         m.submodules.lowest = lowest = _LowestValue(c)
 
         # The walk's first match: the highest layer below latest_layer, else the highest of all. In
@@ -170,8 +201,8 @@ class VictimChooser(wiring.Component):
         m.d.sync += layer.eq(layer_next)
         excluding = Signal()
         everywhere = Signal()
-        value = [Signal(signed(c.value_bits), name=f"lane_value_{e}") for e in range(experts)]
-        mask = Signal(experts)
+        value = [Signal(signed(c.value_bits), name=f"lane_value_{e}") for e in range(lanes)]
+        mask = Signal(lanes)
         # What is to be loaded goes through the tree as well, alone and ahead of the walk.
         candidate_value = Signal(signed(c.value_bits))
         worth = candidate_value + (c.admission_bonus << FRACTION_BITS)
@@ -189,15 +220,21 @@ class VictimChooser(wiring.Component):
 
         m.d.comb += [
             lowest.mask.eq(mask),
-            *(lowest.values[e].eq(value[e]) for e in range(experts)),
+            *(lowest.values[e].eq(value[e]) for e in range(lanes)),
             excluded.eq(Mux(excluding & (layer == self.latest_layer), self.current_set, 0)),
         ]
         m.d.sync += lower.eq(lowest.value < best_value)
 
-        def take(lanes):
-            """The row that is here goes into the tree, of it ``lanes``."""
-            m.d.sync += mask.eq(lanes)
-            for e in range(experts):
+        fold, first, next_fold = Signal(c.fold_bits), Signal(), Signal(c.fold_bits)
+        load_fold, load_lane = fold_and_lane(c, self.load_expert)
+        if c.folds > 1:
+            m.d.comb += [lowest.fold.eq(fold), lowest.first.eq(first)]
+            m.d.sync += first.eq(0)
+
+        def take(some):
+            """The row that is here goes into the tree, of it ``some`` lanes."""
+            m.d.sync += mask.eq(some)
+            for e in range(lanes):
                 m.d.sync += value[e].eq(self.score[e] + (self.use[e] << c.use_shift))
 
         def keep():
@@ -212,13 +249,18 @@ class VictimChooser(wiring.Component):
         before, last = Signal(c.layer_bits), Signal()
         m.d.comb += before.eq(Mux(layer == 0, layers - 1, layer - 1))
 
-        with m.FSM():
+        with m.FSM() as fsm:
             m.d.comb += [
                 self.busy.eq(~self.done),
                 self.row_layer.eq(Mux(self.done, self.load_layer, layer)),
-                # A cycle ahead: the score memory has a register of its own for the address.
-                self.score_layer.eq(Mux(self.done, self.load_layer, layer_next)),
             ]
+            # A cycle ahead: the score memory has a register of its own for the address.
+            if c.folds == 1:
+                m.d.comb += self.score_layer.eq(Mux(self.done, self.load_layer, layer_next))
+            else:
+                m.d.comb += self.score_layer.eq(
+                    Mux(fsm.ongoing("WAIT"), self.load_layer, layer_next)
+                )
             with m.State("IDLE"):
                 m.d.sync += [
                     tried_own.eq(0),
@@ -227,12 +269,21 @@ class VictimChooser(wiring.Component):
                 ]
                 with m.If(self.start):
                     m.d.sync += [self.done.eq(0), self.found.eq(0), self.admitted.eq(0)]
-                    m.next = "CANDIDATE"
+                    m.next = "CANDIDATE" if c.folds == 1 else "WAIT"
+            if c.folds > 1:
+                with m.State("WAIT"):
+                    m.d.comb += self.score_fold.eq(load_fold)
+                    with m.If(~self.wait):
+                        m.next = "CANDIDATE"
             with m.State("CANDIDATE"):
                 m.next = "WALK"
             with m.State("WALK"):
                 # The scores of the layer to be loaded are here; the layers to be walked follow.
-                take(Cat(self.load_expert == e for e in range(experts)))
+                if c.folds == 1:
+                    take(Cat(self.load_expert == e for e in range(experts)))
+                else:
+                    take(Cat(load_lane == e for e in range(lanes)))
+                    m.d.sync += first.eq(1)
                 m.d.sync += tried_own.eq(~some_over)
                 m.d.comb += weighing.eq(1)
                 m.d.comb += layer_next.eq(
@@ -246,13 +297,33 @@ class VictimChooser(wiring.Component):
             with m.State("READ"):
                 m.d.sync += count.eq(0)
                 m.next = "ROW"
+                if c.folds > 1:
+                    m.d.comb += self.score_fold.eq(1)
+                    m.d.sync += next_fold.eq(0)
             with m.State("ROW"):
                 evictable = Cat(
                     (self.row[e] == LaneState.READY) | (self.row[e] == LaneState.READY_UNUSED)
                     for e in range(experts)
                 )
-                take(evictable & ~excluded)
-                m.next = "COMPARE"
+                if c.folds == 1:
+                    take(evictable & ~excluded)
+                    m.next = "COMPARE"
+                else:
+                    ready = Signal(experts)
+                    m.d.comb += [
+                        ready.eq(evictable & ~excluded),
+                        self.score_fold.eq(next_fold + 2),
+                    ]
+                    take(
+                        Array(ready[n * lanes : (n + 1) * lanes] for n in range(c.folds))[next_fold]
+                    )
+                    m.d.sync += [
+                        fold.eq(next_fold),
+                        next_fold.eq(next_fold + 1),
+                        first.eq(next_fold == 0),
+                    ]
+                    with m.If(next_fold == c.folds - 1):
+                        m.next = "COMPARE"
             with m.State("COMPARE"):
                 m.d.sync += count.eq(count + 1)
                 with m.If(count == lowest.levels):
