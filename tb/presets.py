@@ -172,7 +172,8 @@ def trace_for(name: str, tokens: int) -> tuple[Trace, str]:
     """
     config = preset(name)
     path = REAL.get(name, IN_REPO)
-    trace = import_traces([path if path.exists() else IN_REPO])
+    path = path if path.exists() else IN_REPO
+    trace = import_traces([path])
     if not trace.complete:
         trace = trace.take(trace.present.all(axis=1))
     ends = np.nonzero(np.diff(trace.sequence))[0] + 1
@@ -184,8 +185,8 @@ def trace_for(name: str, tokens: int) -> tuple[Trace, str]:
     trace = trace.take(slice(begin, begin + tokens))
     shape = (config.num_layers, config.num_experts, config.top_k)
     if (trace.num_layers, trace.num_experts, trace.top_k) == shape:
-        return trace, Path(trace.name).name
-    return resampled(trace, config), f"resampled from {Path(trace.name).name}"
+        return trace, path.name
+    return resampled(trace, config), f"resampled from {path.name}"
 
 
 def run(name: str, tokens: int) -> bool:
