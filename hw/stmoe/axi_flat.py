@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from amaranth.hdl import Module
@@ -22,6 +23,43 @@ CACHE_NORMAL_BUFFERABLE = 0b0011
 PROT_UNPRIVILEGED_SECURE_DATA = 0b000
 
 
+def _address_ports(config: EngineConfig, channel: str) -> dict[str, Member]:
+    """Members of the ``ar`` or ``aw`` channel, without the prefix."""
+    ports = {
+        "id": Out(config.transfer_bits),
+        "addr": Out(config.axi_addr_width),
+        "len": Out(8),
+        "size": Out(3),
+        "burst": Out(2),
+        "lock": Out(1),
+        "cache": Out(4),
+        "prot": Out(3),
+        "qos": Out(4),
+        "valid": Out(1),
+        "ready": In(1),
+    }
+    return {f"{channel}{name}": member for name, member in ports.items()}
+
+
+def _address_channel(
+    config: EngineConfig, channel: str, native: Any, port: Callable[[str], Any]
+) -> list[Any]:
+    """Connections of the ``ar`` or ``aw`` channel; ``port`` gives a member by its name."""
+    return [
+        port(f"{channel}id").eq(native.payload.id),
+        port(f"{channel}addr").eq(native.payload.addr),
+        port(f"{channel}len").eq(native.payload.len),
+        port(f"{channel}size").eq((config.beat_bytes - 1).bit_length()),
+        port(f"{channel}burst").eq(BURST_INCR),
+        port(f"{channel}lock").eq(0),
+        port(f"{channel}cache").eq(CACHE_NORMAL_BUFFERABLE),
+        port(f"{channel}prot").eq(PROT_UNPRIVILEGED_SECURE_DATA),
+        port(f"{channel}qos").eq(0),
+        port(f"{channel}valid").eq(native.valid),
+        native.ready.eq(port(f"{channel}ready")),
+    ]
+
+
 def flat_axi4_read_ports(config: EngineConfig, *, prefix: str = "m_axi") -> dict[str, Member]:
     """Members of a component that is an AXI4 read manager: ``m_axi_araddr`` and so on.
 
@@ -32,17 +70,7 @@ def flat_axi4_read_ports(config: EngineConfig, *, prefix: str = "m_axi") -> dict
         What the names begin with.
     """
     ports = {
-        "arid": Out(config.transfer_bits),
-        "araddr": Out(config.axi_addr_width),
-        "arlen": Out(8),
-        "arsize": Out(3),
-        "arburst": Out(2),
-        "arlock": Out(1),
-        "arcache": Out(4),
-        "arprot": Out(3),
-        "arqos": Out(4),
-        "arvalid": Out(1),
-        "arready": In(1),
+        **_address_ports(config, "ar"),
         "rid": In(config.transfer_bits),
         "rdata": In(config.axi_data_width),
         "rresp": In(2),
@@ -76,17 +104,7 @@ def connect_axi4_read(
         return getattr(flat, f"{prefix}_{name}")
 
     m.d.comb += [
-        port("arid").eq(native.ar.payload.id),
-        port("araddr").eq(native.ar.payload.addr),
-        port("arlen").eq(native.ar.payload.len),
-        port("arsize").eq((config.beat_bytes - 1).bit_length()),
-        port("arburst").eq(BURST_INCR),
-        port("arlock").eq(0),
-        port("arcache").eq(CACHE_NORMAL_BUFFERABLE),
-        port("arprot").eq(PROT_UNPRIVILEGED_SECURE_DATA),
-        port("arqos").eq(0),
-        port("arvalid").eq(native.ar.valid),
-        native.ar.ready.eq(port("arready")),
+        *_address_channel(config, "ar", native.ar, port),
         native.r.payload.id.eq(port("rid")),
         native.r.payload.data.eq(port("rdata")),
         native.r.payload.resp.eq(port("rresp")),
@@ -106,17 +124,7 @@ def flat_axi4_write_ports(config: EngineConfig, *, prefix: str = "m_axi_buf") ->
         What the names begin with.
     """
     ports = {
-        "awid": Out(config.transfer_bits),
-        "awaddr": Out(config.axi_addr_width),
-        "awlen": Out(8),
-        "awsize": Out(3),
-        "awburst": Out(2),
-        "awlock": Out(1),
-        "awcache": Out(4),
-        "awprot": Out(3),
-        "awqos": Out(4),
-        "awvalid": Out(1),
-        "awready": In(1),
+        **_address_ports(config, "aw"),
         "wdata": Out(config.axi_data_width),
         "wstrb": Out(config.beat_bytes),
         "wlast": Out(1),
@@ -153,17 +161,7 @@ def connect_axi4_write(
         return getattr(flat, f"{prefix}_{name}")
 
     m.d.comb += [
-        port("awid").eq(native.aw.payload.id),
-        port("awaddr").eq(native.aw.payload.addr),
-        port("awlen").eq(native.aw.payload.len),
-        port("awsize").eq((config.beat_bytes - 1).bit_length()),
-        port("awburst").eq(BURST_INCR),
-        port("awlock").eq(0),
-        port("awcache").eq(CACHE_NORMAL_BUFFERABLE),
-        port("awprot").eq(PROT_UNPRIVILEGED_SECURE_DATA),
-        port("awqos").eq(0),
-        port("awvalid").eq(native.aw.valid),
-        native.aw.ready.eq(port("awready")),
+        *_address_channel(config, "aw", native.aw, port),
         port("wdata").eq(native.w.payload.data),
         port("wstrb").eq((1 << config.beat_bytes) - 1),
         port("wlast").eq(native.w.payload.last),
