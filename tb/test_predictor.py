@@ -42,6 +42,11 @@ CONFIGS = {
         num_layers=3, num_experts=7, top_k=1, quota=1, staging=3, spatial_depth=0,
         weight_bits=4, margin_low=2047, margin_step=0, margin_high=2047, select_max=5,
     ),
+    # The rows are corrected long after the commit.
+    "many": EngineConfig(num_layers=3, num_experts=12, top_k=12, spatial_depth=1, quota=1),
+    "many_folds": EngineConfig(
+        num_layers=3, num_experts=6, top_k=5, lanes=1, spatial_depth=1, quota=1
+    ),
     # Fewer lanes than experts: two folds; four, of a D that takes all layers.
     "halves": EngineConfig(num_layers=3, num_experts=8, top_k=3, lanes=4, quota=1),
     "quarters": EngineConfig(

@@ -526,6 +526,7 @@ class Predictor(wiring.Component):
                 m.d.sync += row[e].eq(scores.score[e] + part)
 
         finish, selecting = Signal(), Signal()
+        moves_on = Signal()
         m.d.comb += [
             finish.eq(last[2]),
             # Asked for a cycle ahead: the score memory has a register of its own for the address.
@@ -539,7 +540,7 @@ class Predictor(wiring.Component):
             scores.use_layer.eq(layer),
             scores.use_row.eq(learner.use_next),
             history.layer.eq(layer),
-            history.write.eq(finish & is_route),
+            history.write.eq(moves_on),
             history.row.eq(set_),
             history.forget.eq(finish & sequence),
             self.commit_done.eq(finish),
@@ -565,7 +566,13 @@ class Predictor(wiring.Component):
                 scores.write_use.eq(finish & is_route),
                 bias.row.eq(bias_layer),
             ]
-        with m.If(finish & is_route):
+        # The second pass needs the sets and the layer of this event. Where it may outlast the
+        # commit (which ends A + 7 cycles after the first pass at the earliest, 9 if A < 2), they
+        # change when the event is over, else with the commit.
+        over = Signal()
+        late = folded or top_k > 6 + max(2, ahead)
+        m.d.comb += moves_on.eq((over if late else finish) & is_route)
+        with m.If(moves_on):
             # The route that comes next.
             m.d.sync += [
                 *(target[d].eq(target[d + 1]) for d in range(ahead)),
@@ -740,6 +747,8 @@ class Predictor(wiring.Component):
                 m.d.comb += delivering.eq(~correcting)
                 with m.If(selection_over):
                     m.d.comb += self.selection_over.eq(1)
+                    if late:
+                        m.d.comb += over.eq(1)
                     m.next = "IDLE"
 
         return m
