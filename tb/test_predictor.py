@@ -402,7 +402,7 @@ class TB:
                 self.note("token's commit", done, wanted)
                 pick += 2 * (new_sequence and folds == 1)
             if self.picks:
-                due = max(self.granted + pick, self.done + 1, corrected)
+                due = max(self.granted + pick, self.done + 1, corrected + 1)
                 assert self.first == due, f"first pick in {self.first}, not {due}"
             self.note("first to over", ended - max(self.done, corrected), pick + 2 * c.num_select)
             if stream == "route" and (c.top_k, c.num_select, folds) == (4, 8, 1):
