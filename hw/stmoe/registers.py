@@ -206,7 +206,7 @@ class _State(enum.Enum, shape=3):
     FINISH = 5
     """The address (and data) channel is taken, a write takes effect, the answer is given."""
     CHECK = 6
-    """A commit: quotas and segments are walked through, a word a cycle."""
+    """A commit: quotas and segments are walked through, a word every second cycle."""
 
 
 class Registers(wiring.Component):
@@ -214,7 +214,7 @@ class Registers(wiring.Component):
 
     One access at a time, reads and writes in turn when both wait; from its address to its answer
     a read takes 4 cycles, a write 5, a counter's read up to ``len(COUNTERS)`` more, a weight's as
-    long as the predictor takes (``TABLE_PATIENCE`` at most), a COMMIT ``16 * num_layers + 2`` more;
+    long as the predictor takes (``TABLE_PATIENCE`` at most), a COMMIT ``32 * num_layers + 4`` more;
     the first after reset waits ``16 * num_layers`` cycles. AW and W are taken together, when the
     write takes effect. Both wait while a commit is pending if the write is to a shadow register or
     to COMMIT; reads and other writes go on.
@@ -480,6 +480,7 @@ class Registers(wiring.Component):
         segments_read = shadow_segments.read_port()
         segments_changed = Signal()  # since the last commit that took effect
         walks = Signal()  # a word of the walk is read
+        fetched_word = Signal()  # and is in a register of its own: block RAM is slow
         m.d.comb += [
             segments_write.addr.eq(place),
             segments_write.data.eq(word),  # 0 after reset
@@ -616,13 +617,15 @@ class Registers(wiring.Component):
                     total.eq(config.top_k),
                     quota_bad.eq(0),
                     segment_bad.eq(0),
+                    fetched_word.eq(0),
                 ]
                 with m.If(~writing & hit["TABLE_VALUE"] & legal):
                     m.d.sync += wanted["lane"].eq(
                         Mux(wanted["lane"] == config.num_experts - 1, 0, wanted["lane"] + 1)
                     )
             with m.Case(_State.CHECK):
-                m.d.comb += walks.eq(~stage.valid | stage.ready)
+                m.d.comb += walks.eq(fetched_word & (~stage.valid | stage.ready))
+                m.d.sync += fetched_word.eq(~walks)
                 with m.If(walks):
                     m.d.sync += place.eq(place + 1)
                     with m.If(~place[: _bits(LAYER_WORDS)].any()):
@@ -665,9 +668,10 @@ class Registers(wiring.Component):
                 axil.r.payload.resp.eq(Mux(legal, OKAY, SLVERR)),
             ]
 
-        # The walk of a commit through the segments: a word is here in the cycle after it was read,
-        # `place` being the one behind it. The last word of a segment sends it.
-        found = segments_read.data
+        # The walk of a commit through the segments, a word every second cycle: it is here when the
+        # next is read, `place` being that one. The last word of a segment sends it.
+        found = Signal(32)
+        m.d.sync += found.eq(segments_read.data)
         here = Signal()  # `found` is a word of this walk
         word_index = (place - 1)[: _bits(SEGMENT_WORDS)]
         ends_layer = ~place[: _bits(LAYER_WORDS)].any()
