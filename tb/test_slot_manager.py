@@ -157,11 +157,8 @@ class Oracle(Checker):
     def filled(self, t, cycle) -> bool:
         return False
 
-    def prefetch_may_start(self, presented: int = 0) -> bool:
-        c = self.config
-        return not self.pending and self.prefetch_held() < min(
-            c.prefetch_slots, c.transfers - c.top_k
-        )
+    def prefetch_may_start(self, presented: int = 0, *, chosen: bool = False) -> bool:
+        return not self.pending and self.prefetch_held() < self.config.prefetch_loads
 
     def next_ended(self, record, index):
         t = self.transfers.get(index)
