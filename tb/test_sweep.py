@@ -234,7 +234,7 @@ def test_a_killed_sweep_keeps_what_it_had(folder):
     output = folder / "r.jsonl"
     command = [sys.executable, "-m", "stmoe.cli", "sweep", path, "-o", output, "--workers", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if output.exists() and output.read_bytes().count(b"\n") > 3:
             break
@@ -259,7 +259,7 @@ def test_an_interrupt_is_one_line_and_the_command_goes_on_where_it_was(folder):
         # Whoever runs the tests may ignore it (nohup, or a shell's background), which is inherited.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not (output.exists() and stored(output)):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
