@@ -110,7 +110,7 @@ BEHIND_AXI = preset("tiny").replace(
 
 
 @pytest.mark.parametrize("seed", [0, 5])
-def test_a_buffer_behind_axi_agrees_with_golden(seed, quick_build):
+def test_a_buffer_behind_axi_agrees_with_golden(seed):
     # Read data interleaved by beat with a seed: then most writes are of one beat.
     memory = {"reorder": 1, "interleave": 1} if seed else {}
     log = run(BEHIND_AXI, 80, load_ratio=1.5, seed=seed, memory=memory, build_args=QUICK)
@@ -231,7 +231,7 @@ def test_broken_cancel_is_found():
     check_finds(engine_with_broken_scheduler, Kind.BURST, Kind.FILL_DONE, Kind.LAST_BEAT)
 
 
-def test_a_grant_before_the_last_write_is_answered_is_found(quick_build):
+def test_a_grant_before_the_last_write_is_answered_is_found():
     log = check_finds(
         engine_that_does_not_wait_for_writes, Kind.FILL_DONE, Kind.DRAINED, config=BEHIND_AXI
     )

@@ -518,7 +518,7 @@ def test_a_conversion_that_fails_keeps_the_file_that_was_there(tmp_path, capsys)
 MEASURE = """
 import re, sys
 from stmoe import cli
-import stmoe_golden.trace_import
+import stmoe_golden.trace_commands, stmoe_golden.trace_import
 def peak():  # VmHWM begins anew with a process; ru_maxrss is inherited
     return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) << 10
 before = peak()
@@ -528,8 +528,8 @@ print(peak() - before)
 
 
 def test_reading_takes_a_fraction_of_the_files_memory(tmp_path):
-    """60 MB of JSON lines; the whole process, so that no allocation escapes."""
-    tokens, layers, top_k = 8000, 48, 8
+    """74 MB of JSON lines; the whole process, so that no allocation escapes."""
+    tokens, layers, top_k = 11000, 48, 8
     rng = np.random.default_rng(1)
     with (tmp_path / "t.jsonl").open("w") as file:
         file.write('{"num_layers": 48, "num_experts": 128, "top_k": 8}\n')
@@ -549,8 +549,8 @@ def test_reading_takes_a_fraction_of_the_files_memory(tmp_path):
     trace = load_trace(tmp_path / "t.npz")
     assert trace.num_tokens == tokens
     more = int(done.stdout.split()[-1]) - sum(array.nbytes for array in trace.arrays().values())
-    # Blocks and batches do not grow with the file: 10 times BLOCK, against 12 of the file here.
-    assert size > 12 * BLOCK and more < 10 * BLOCK, (size, more)
+    # Blocks and batches do not grow with the file: some 10 times BLOCK, against 17 of the file.
+    assert size > 17 * BLOCK and more < 12 * BLOCK, (size, more)
 
 
 def test_numbers_of_sequences_go_on_from_file_to_file(tmp_path):
