@@ -276,7 +276,7 @@ class EngineBench:
             )
         ]
         self.bad_writes: list[str] = []
-        self.places = [(0, self.config.slot_pages * PAGE_BYTES)]
+        self.places = [(0, self.config.least_stride)]
         for memory in (self.ram, self.store) if self.behind_axi else (self.ram,):
             memory.fails = lambda address: False
             memory.silent = False

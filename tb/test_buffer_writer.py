@@ -325,7 +325,7 @@ class Bench:
     async def run(self, seed: int, loads: int, *, plain: bool = False) -> None:
         dut, config, rng = self.dut, CONFIG, random.Random(seed)
         dut._log.warning("seed %d", seed)
-        stride = rng.choice((1, 1, 2, 5)) * config.slot_pages * PAGE
+        stride = rng.choice((1, 1, 2, 5)) * config.least_stride
         room = (1 << config.axi_addr_width) - config.num_slots * stride
         base = (room if seed % 3 == 0 else rng.randrange(min(room, 1 << 31))) // PAGE * PAGE
         self.ref = ref = Reference(config, base, stride)

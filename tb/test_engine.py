@@ -276,7 +276,7 @@ async def write_errors_count_as_read_errors(dut) -> None:
     for seed in SEEDS:
         await tb.reset(seed)
         await tb.program_segments()
-        rng, stride = random.Random(seed), CONFIG.slot_pages * PAGE_BYTES
+        rng, stride = random.Random(seed), CONFIG.least_stride
 
         def fails(address: int, rng=rng, stride=stride) -> bool:
             return address // stride == 3 or rng.random() < 0.002
@@ -307,7 +307,7 @@ async def silent_buffer_never_hangs_the_engine(dut) -> None:
         tb.routes_left = 20
         await tb.cycles(300)
         # A commit that waits for rest, which never comes, holds nothing back for ever.
-        stride = CONFIG.slot_pages * PAGE_BYTES
+        stride = CONFIG.least_stride
         await tb.commit(place=(1 << 32, stride), wait=False)
         await tb.drain()
         assert tb.taken["route"] == 20
@@ -327,7 +327,7 @@ async def slots_move_at_rest(dut) -> None:
         await tb.reset(seed, stalls=False)
         tb.illegal, tb.event_rate, tb.delays = 0, 1, (400, 600)
         await tb.program_segments()
-        stride = CONFIG.slot_pages * PAGE_BYTES
+        stride = CONFIG.least_stride
         moves = []
         for part in range(1, 5):
             tb.routes_left = 8 * CONFIG.num_layers

@@ -101,7 +101,7 @@ class Settings:
         if sum(self.quota) > room:
             return f"sum of quotas must be at most {room}, not {sum(self.quota)}"
         if config.buffer == "axi":
-            least, stride = config.slot_pages * PAGE_BYTES, self.slot_stride
+            least, stride = config.least_stride, self.slot_stride
             if stride is not None and stride < least:
                 return f"slot_stride must be at least {least}, not {stride}"
             end = self.buffer_base + config.num_slots * (stride or least)
@@ -626,7 +626,7 @@ class Checker:
         """(base, stride) of the slots, in bytes; of the active settings unless others are given."""
         s = self.active if settings is None else settings
         stride = s.slot_stride
-        return s.buffer_base, self.config.slot_pages * PAGE_BYTES if stride is None else stride
+        return s.buffer_base, self.config.least_stride if stride is None else stride
 
     def follow_writes(self, record: Record, before: int) -> None:
         """Take in what passed on the buffer's bus in all cycles before this one."""

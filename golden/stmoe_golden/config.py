@@ -182,9 +182,8 @@ class EngineConfig:
             raise ConfigError(
                 f"quota * num_layers + staging must be at most 4096 slots, not {self.num_slots}"
             )
-        if self.buffer == "axi" and self.num_slots * self.slot_pages * PAGE_BYTES > (
-            1 << self.axi_addr_width
-        ):
+        space = 1 << self.axi_addr_width
+        if self.buffer == "axi" and self.num_slots * self.least_stride > space:
             raise ConfigError(
                 f"num_slots * expert_bytes must fit in {self.axi_addr_width} address bits where "
                 f"buffer is axi, not {self.num_slots} * {self.expert_bytes}"
@@ -252,6 +251,11 @@ class EngineConfig:
     def slot_pages(self) -> int:
         """Pages of 4 KiB that hold a slot, where the buffer is behind AXI."""
         return -(-self.slot_beats * self.beat_bytes // PAGE_BYTES)
+
+    @property
+    def least_stride(self) -> int:
+        """Least bytes from one slot to the next in a buffer behind AXI; those at reset."""
+        return self.slot_pages * PAGE_BYTES
 
     @property
     def burst_beats(self) -> int:

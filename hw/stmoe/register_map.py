@@ -649,7 +649,7 @@ def _place_registers(config: EngineConfig) -> tuple[Register, ...]:
         "(shadow: takes effect at a commit). A commit that changes where slots lie waits until no "
         "load is under way and every grant has been released, holding routes and prefetches back, "
         "and empties the buffer: no expert is resident after it. It is refused where SLOT_STRIDE "
-        f"is less than a slot ({config.slot_pages * PAGE_BYTES} bytes), or where the last slot "
+        f"is less than a slot ({config.least_stride} bytes), or where the last slot "
         f"would end beyond {config.axi_addr_width} address bits."
     )
     return (
@@ -673,7 +673,7 @@ def _place_registers(config: EngineConfig) -> tuple[Register, ...]:
             "SLOT_STRIDE",
             0x068,
             rw,
-            config.slot_pages * PAGE_BYTES,
+            config.least_stride,
             (
                 Field(
                     "stride",

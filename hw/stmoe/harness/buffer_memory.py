@@ -12,7 +12,7 @@ from stmoe.harness.content_checker import observed
 from stmoe.harness.random_stall import RandomStall
 from stmoe.head_queue import HeadQueue
 from stmoe.payloads import axi4_write_signature, fill_layout
-from stmoe_golden.config import PAGE_BYTES, EngineConfig
+from stmoe_golden.config import EngineConfig
 
 __all__ = ["BufferMemory", "BufferPlace"]
 
@@ -32,7 +32,7 @@ class BufferPlace:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self.stride = 1 << (config.slot_pages * PAGE_BYTES - 1).bit_length()
+        self.stride = 1 << (config.least_stride - 1).bit_length()
         self.base = 1 << (config.axi_addr_width - 1)
         self.slot_shift = self.stride.bit_length() - 1
         if config.num_slots * self.stride > self.base:
