@@ -337,39 +337,31 @@ class Predictor(wiring.Component):
                         with m.Case(n):
                             m.d.comb += [look_rank.eq(r), first.eq(is_first), add.eq(is_add)]
                 m.d.comb += last_step.eq(step == len(schedule) - 1)
+        begins = taken & ~self.token.valid
+        next_fold, last_pass = [], Const(1)
         if folded:
             # Each pass goes over all folds. `fresh` is too: a fold's scores are graded in a cycle,
             # and what comes of it is where the pass finds it two cycles later than otherwise.
             pass_fold, row_fold = Signal(c.fold_bits), Signal(c.fold_bits)
             last_pass = pass_fold == c.folds - 1
-            pass_next = Mux(last_pass, 0, pass_fold + 1)
-            begins = delayed(taken & ~self.token.valid, 2, "begins")
-            m.d.sync += fresh.eq((taken & ~self.token.valid) | (fresh & ~last_fold))
-            with m.If(begins[2]):
-                m.d.sync += look_pass.eq(1)
-            with m.If(look_pass):
-                m.d.sync += step.eq(step + 1)
-                with m.If(last_step):
-                    m.d.sync += [step.eq(0), pass_fold.eq(pass_next)]
-                    with m.If(last_pass):
-                        m.d.sync += [look_pass.eq(0), learn_pass.eq(1)]
-            with m.If(learn_pass):
-                m.d.sync += rank.eq(rank + 1)
-                with m.If(rank == top_k - 1):
-                    m.d.sync += [rank.eq(0), pass_fold.eq(pass_next)]
-                    with m.If(last_pass):
-                        m.d.sync += learn_pass.eq(0)
+            next_fold = [pass_fold.eq(Mux(last_pass, 0, pass_fold + 1)), step.eq(0), rank.eq(0)]
+            m.d.sync += fresh.eq(begins | (fresh & ~last_fold))
+            begins = delayed(begins, 2, "begins")[2]
         else:
-            m.d.sync += fresh.eq(taken & ~self.token.valid)
-            with m.If(taken & ~self.token.valid):
-                m.d.sync += look_pass.eq(1)
-            with m.If(look_pass):
-                m.d.sync += step.eq(step + 1)
-                with m.If(last_step):
+            m.d.sync += fresh.eq(begins)
+        with m.If(begins):
+            m.d.sync += look_pass.eq(1)
+        with m.If(look_pass):
+            m.d.sync += step.eq(step + 1)
+            with m.If(last_step):
+                m.d.sync += next_fold
+                with m.If(last_pass):
                     m.d.sync += [look_pass.eq(0), learn_pass.eq(1)]
-            with m.If(learn_pass):
-                m.d.sync += rank.eq(rank + 1)
-                with m.If(rank == top_k - 1):
+        with m.If(learn_pass):
+            m.d.sync += rank.eq(rank + 1)
+            with m.If(rank == top_k - 1):
+                m.d.sync += next_fold
+                with m.If(last_pass):
                     m.d.sync += learn_pass.eq(0)
 
         freshly = delayed(fresh, 2, "fresh")

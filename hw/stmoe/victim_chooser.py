@@ -279,10 +279,8 @@ class VictimChooser(wiring.Component):
                 m.next = "WALK"
             with m.State("WALK"):
                 # The scores of the layer to be loaded are here; the layers to be walked follow.
-                if c.folds == 1:
-                    take(Cat(self.load_expert == e for e in range(experts)))
-                else:
-                    take(Cat(load_lane == e for e in range(lanes)))
+                take(Cat(load_lane == e for e in range(lanes)))
+                if c.folds > 1:
                     m.d.sync += first.eq(1)
                 m.d.sync += tried_own.eq(~some_over)
                 m.d.comb += weighing.eq(1)
