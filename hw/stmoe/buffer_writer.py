@@ -10,12 +10,14 @@ from amaranth.lib.wiring import In, Out
 from stmoe_golden.config import PAGE_BYTES, EngineConfig
 
 from .head_queue import HeadQueue
-from .payloads import axi4_write_signature, buffer_place_layout, fill_layout
+from .payloads import (
+    ERROR_RESPONSE_BIT,
+    axi4_write_signature,
+    buffer_place_layout,
+    fill_layout,
+)
 
 __all__ = ["BufferWriter"]
-
-ERROR_RESPONSE_BIT = 1
-"""Set in the AXI responses SLVERR and DECERR."""
 
 LEAST_DATA_DEPTH = 16
 """Beats that the data queue holds at least, so that short bursts follow each other without a gap

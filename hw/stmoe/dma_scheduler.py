@@ -13,6 +13,7 @@ from stmoe_golden.config import EngineConfig
 from .burst_splitter import BurstSplitter
 from .head_queue import HeadQueue
 from .payloads import (
+    ERROR_RESPONSE_BIT,
     CompletionStatus,
     axi4_read_signature,
     completion_layout,
@@ -28,9 +29,6 @@ __all__ = [
     "last_record_layout",
     "retry_record_layout",
 ]
-
-ERROR_RESPONSE_BIT = 1
-"""Set in the AXI responses SLVERR and DECERR."""
 
 
 def burst_record_layout(config: EngineConfig) -> data.StructLayout:

@@ -12,6 +12,7 @@ from stmoe_golden.records import Kind
 
 __all__ = [
     "CYCLE_BITS",
+    "ERROR_RESPONSE_BIT",
     "CompletionStatus",
     "EventKind",
     "axi4_read_signature",
@@ -35,6 +36,9 @@ __all__ = [
 
 CONTEXT_BITS = 1
 TOKEN_ID_BITS = 32
+ERROR_RESPONSE_BIT = 1
+"""Set in the AXI responses SLVERR and DECERR."""
+
 CYCLE_BITS = 40
 
 
