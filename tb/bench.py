@@ -20,12 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simulation import BUILD, ROOT
+from simulation import BUILD, GPT_OSS, IN_REPO
 from stmoe_golden.config import EngineConfig, preset
 from stmoe_golden.traces import Trace, config_for, load_trace
-
-IN_REPO = ROOT / "sim_traces" / "olmoe_stdlib_8x32.npz"
-GPT_OSS = ROOT.parent / "shared" / "traces" / "gpt_oss_20b_decode.npz"
 
 
 class Figure(NamedTuple):

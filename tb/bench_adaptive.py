@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from simulation import ROOT
+from simulation import GPT_OSS, IN_REPO
 from stmoe_golden.config import EngineConfig
 from stmoe_golden.machine import machine_for_ratio
 from stmoe_golden.policies.ours import Ours
@@ -19,11 +19,8 @@ from stmoe_golden.traces import Trace, config_for, load_trace
 __all__ = ["figures"]
 
 TRACES = {
-    "in-repo trace": (ROOT / "sim_traces" / "olmoe_stdlib_8x32.npz", 7658),
-    "gpt_oss_20b trace, 12,000 tokens": (
-        ROOT.parent / "shared" / "traces" / "gpt_oss_20b_decode.npz",
-        12_000,
-    ),
+    "in-repo trace": (IN_REPO, 7658),
+    "gpt_oss_20b trace, 12,000 tokens": (GPT_OSS, 12_000),
 }
 RATIOS = (0.5, 1.0, 2.0, 4.0)
 QUOTAS = (4, 8)

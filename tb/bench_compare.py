@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from simulation import ROOT
+from simulation import GPT_OSS, IN_REPO
 from stmoe_golden.compare import compare
 from stmoe_golden.config import preset
 from stmoe_golden.machine import machine_for_ratio
@@ -22,8 +22,6 @@ from stmoe_golden.traces import Trace, config_for, load_trace
 
 __all__ = ["figures", "shuffled"]
 
-IN_REPO = ROOT / "sim_traces" / "olmoe_stdlib_8x32.npz"
-GPT_OSS = ROOT.parent / "shared" / "traces" / "gpt_oss_20b_decode.npz"
 COMMAND = "make bench BENCH_ARGS=compare"
 RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 GAPS = {1.0: 0.88, 2.0: 0.74, 4.0: 0.70}

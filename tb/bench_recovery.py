@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from simulation import ROOT
+from simulation import GPT_OSS, IN_REPO
 from stmoe_golden.config import EngineConfig
 from stmoe_golden.machine import machine_for_ratio
 from stmoe_golden.policies.ours import Ours
@@ -22,8 +22,6 @@ from stmoe_golden.traces import Trace, config_for, load_trace
 
 __all__ = ["Splice", "figures", "recovery"]
 
-IN_REPO = ROOT / "sim_traces" / "olmoe_stdlib_8x32.npz"
-GPT_OSS = ROOT.parent / "shared" / "traces" / "gpt_oss_20b_decode.npz"
 RATIOS = (0.5, 1.0, 2.0, 4.0)
 QUOTAS = (4, 8)
 WINDOW = 200
@@ -42,11 +40,6 @@ class Splice(NamedTuple):
     """Of the second workload, for its steady time."""
     after: Trace
     """The tokens of the second workload that are timed."""
-
-
-def picked(trace: Trace, tokens: np.ndarray) -> Trace:
-    """Some tokens of a trace, in order, as far as the timing model looks at them."""
-    return Trace(experts=trace.experts[tokens], sequence=trace.sequence[tokens], info=trace.info)
 
 
 def joined(first: Trace, second: Trace) -> Trace:
@@ -72,8 +65,7 @@ def renamed(trace: Trace, seed: int = 1) -> Trace:
 
 
 def _splice(name: str, first: Trace, second: Trace, warm: int) -> Splice:
-    tokens = np.arange(second.num_tokens)
-    return Splice(name, first, picked(second, tokens[:warm]), picked(second, tokens[warm:]))
+    return Splice(name, first, second.take(slice(warm)), second.take(slice(warm, None)))
 
 
 def _of(trace: Trace, key: str, prefix: str) -> np.ndarray:
@@ -85,19 +77,18 @@ def _of(trace: Trace, key: str, prefix: str) -> np.ndarray:
 def splices() -> Iterator[Splice]:
     """Changes of domain, and of everything, in each trace that is here."""
     trace = load_trace(IN_REPO)
-    code, prose = (picked(trace, _of(trace, "domain", kind)) for kind in ("code", "prose"))
+    code, prose = (trace.take(_of(trace, "domain", kind)) for kind in ("code", "prose"))
     yield _splice("in-repo, code then prose", code, prose, 1100)
     yield _splice("in-repo, prose then code", prose, code, 1300)
-    half = np.arange(trace.num_tokens // 2)
-    yield _splice("in-repo, then experts renamed", picked(trace, half), renamed(trace), len(half))
+    half = trace.num_tokens // 2
+    yield _splice("in-repo, then experts renamed", trace.head(half), renamed(trace), half)
     if GPT_OSS.exists():
         trace = load_trace(GPT_OSS)
-        science = picked(trace, _of(trace, "dataset", "gpqa")[:6000])
-        safety = picked(trace, _of(trace, "dataset", "sorry_bench")[:6500])
+        science = trace.take(_of(trace, "dataset", "gpqa")[:6000])
+        safety = trace.take(_of(trace, "dataset", "sorry_bench")[:6500])
         yield _splice("gpt_oss_20b, science then safety chat", science, safety, 3500)
-        first = picked(trace, np.arange(6000))
-        second = renamed(picked(trace, np.arange(9000)))
-        yield _splice("gpt_oss_20b, then experts renamed", first, second, 6000)
+        second = renamed(trace.head(9000))
+        yield _splice("gpt_oss_20b, then experts renamed", trace.head(6000), second, 6000)
 
 
 def recovery(splice: Splice, config: EngineConfig, load_ratio: float) -> tuple[int, float]:

@@ -12,13 +12,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from simulation import ROOT
+from simulation import GPT_OSS
 from stmoe_golden.synthetic import markov_trace
 from stmoe_golden.traces import Trace, load_trace, save_trace
 
 __all__ = ["figures"]
 
-GPT_OSS = ROOT.parent / "shared" / "traces" / "gpt_oss_20b_decode.npz"
 COMMAND = "make bench BENCH_ARGS=report"
 TOKENS = 10_000
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from lint_verilog import lint_text
 from sim import Parser, positive
-from simulation import BUILD, ROOT
+from simulation import BUILD, GPT_OSS, IN_REPO, ROOT, SHARED
 from stmoe.toolchain import ToolError
 from stmoe_golden.config import PRESETS, ConfigError, EngineConfig, preset
 from stmoe_golden.resample import resampled
@@ -35,10 +35,8 @@ from stmoe_golden.traces import Trace, TraceError
 __all__ = ["DOCUMENT", "board_notes", "main", "markdown", "trace_for"]
 
 DOCUMENT = ROOT / "docs" / "presets.md"
-IN_REPO = ROOT / "sim_traces" / "olmoe_stdlib_8x32.npz"
-SHARED = ROOT.parent / "shared" / "traces"
 REAL = {
-    "gpt_oss_20b": SHARED / "gpt_oss_20b_decode.npz",
+    "gpt_oss_20b": GPT_OSS,
     "qwen3_30b_a3b": SHARED / "qwen.route.csv",
 }
 """Traces of a preset's model, where they are; the second lacks two experts of each set."""

@@ -24,6 +24,10 @@ from stmoe.verilog_writer import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
+IN_REPO = ROOT / "sim_traces" / "olmoe_stdlib_8x32.npz"
+SHARED = ROOT.parent / "shared" / "traces"
+"""Real routing of large models: no part of the project, and often not here."""
+GPT_OSS = SHARED / "gpt_oss_20b_decode.npz"
 
 os.environ.setdefault("AMARANTH_USE_YOSYS", "builtin")
 

@@ -18,7 +18,7 @@ from amaranth.back import verilog
 
 from board_sim import CLOCK_HZ, Faults, build_board, running_board
 from lint_verilog import lint_text
-from simulation import ROOT, seeds
+from simulation import IN_REPO, seeds
 from stmoe.board.host_link import BoardError, HostLink
 from stmoe.board.replay import SerialPort, judge
 from stmoe.board.session import Board, Times
@@ -30,7 +30,6 @@ from stmoe_golden.traces import config_for, load_trace, save_trace
 from test_sim import broken_engine
 
 COMMAND = [sys.executable, "-m", "stmoe.cli", "board"]
-IN_REPO = ROOT / "sim_traces" / "olmoe_stdlib_8x32.npz"
 TINY = preset("tiny")
 QUICK = ("-O1",)
 """g++'s time counts as much as the model's speed."""

@@ -12,7 +12,7 @@ import pytest
 
 from bench_compare import shuffled
 from command import ended
-from simulation import ROOT
+from simulation import IN_REPO, ROOT
 from stmoe_golden.compare import compare
 from stmoe_golden.config import PRESETS, EngineConfig
 from stmoe_golden.energy import energy_table, table_bits
@@ -21,7 +21,6 @@ from stmoe_golden.synthetic import markov_trace
 from stmoe_golden.systems import EXPERT_SHAPES, SYSTEMS, expert_bytes_of
 from stmoe_golden.traces import Trace, config_for, load_trace, save_trace
 
-IN_REPO = ROOT / "sim_traces" / "olmoe_stdlib_8x32.npz"
 CONTRACT = [
     "policy",
     "quota",

@@ -15,7 +15,7 @@ import pytest
 
 from sim import latency_of
 from sim_run import QUICK, SimulationError, run_simulation
-from simulation import ROOT, seeds
+from simulation import GPT_OSS, ROOT, seeds
 from stmoe.harness.content_checker import Fault
 from stmoe.harness.run_log import RunLog, check_run, times_of
 from stmoe_golden.checker import Checker, Kind, Mismatch, Record, Segment, Settings, burst_plan
@@ -24,7 +24,6 @@ from stmoe_golden.synthetic import markov_trace
 from stmoe_golden.traces import save_trace
 
 SIM = [sys.executable, str(ROOT / "tb" / "sim.py")]
-SHARED = ROOT.parent / "shared" / "traces" / "gpt_oss_20b_decode.npz"
 
 
 def trace_of(config: EngineConfig, tokens: int, seed: int = 1):
@@ -125,13 +124,13 @@ def test_a_buffer_behind_axi_agrees_with_golden(seed):
         assert len(log.write_addresses) <= len(log.ar) + loads
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="../shared/traces is not here")
+@pytest.mark.skipif(not GPT_OSS.exists(), reason="../shared/traces is not here")
 def test_real_20b_routing_resampled_to_tiny_agrees_with_golden():
     # Real locality in a small shape: the first 4 layers, experts folded to 8, duplicates dropped.
     import numpy as np
 
     config = preset("tiny")
-    with np.load(SHARED) as file:
+    with np.load(GPT_OSS) as file:
         experts = file["experts"][:2000, : config.num_layers]
         sequence = file["sequence"][:2000]
     sets = [[list(dict.fromkeys(int(e) % 8 for e in row)) for row in token] for token in experts]
