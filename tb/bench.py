@@ -345,6 +345,7 @@ PARTS: dict[str, Callable[[], Iterator[Figure]]] = {
     "report": figures_of("bench_report"),
     "adaptive": figures_of("bench_adaptive"),
     "recovery": figures_of("bench_recovery"),
+    "lookahead": figures_of("bench_lookahead"),
     "latency": part_latency,
     "speed": part_speed,
     "dma": part_dma,

@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from simulation import BUILD, ROOT, find_verilator
+from shared_objects import shared_objects
+from simulation import BUILD, OBJECTS, ROOT, find_verilator
 from stmoe.harness.board_protocol import DEFAULT_BAUD
 from stmoe.harness.board_top import BoardTop
 from stmoe.toolchain import ToolError
@@ -86,10 +87,13 @@ def build_board(
         environment = dict(os.environ)
         if shutil.which("ccache"):
             environment.setdefault("OBJCACHE", "ccache")
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        (folder / "build.log").write_text(done.stdout + done.stderr)
-        if done.returncode:
-            raise ToolError(f"{folder / 'build.log'}: {(done.stdout + done.stderr)[-3000:]}")
+        with shared_objects(folder / "model", find_verilator(), OBJECTS, args):
+            done = subprocess.run(
+                command, cwd=folder, env=environment, capture_output=True, text=True
+            )
+            (folder / "build.log").write_text(done.stdout + done.stderr)
+            if done.returncode:
+                raise ToolError(f"{folder / 'build.log'}: {(done.stdout + done.stderr)[-3000:]}")
         (folder / "built").touch()
     return program
 

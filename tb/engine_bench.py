@@ -564,14 +564,15 @@ class EngineBench:
         predictors: int | None = None,
         segments: list[list[Segment]] | None = None,
         place: tuple[int, int] | None = None,
+        farther: tuple[int, ...] | None = None,
         wait: bool = True,
     ) -> bool:
         """Write all shadow registers and commit; a set that breaks a rule must be refused.
 
-        ``threshold`` in quarter units; what is not given is as after reset, but segments and
-        ``place`` (base and stride of the slots, where the buffer is behind AXI) are those of the
-        last commit. ``wait`` for the answer, which comes when the set is active. Returns whether
-        it was legal.
+        ``threshold`` and ``farther`` (those of layers two and more ahead) in quarter units; what is
+        not given is as after reset, but segments and ``place`` (base and stride of the slots, where
+        the buffer is behind AXI) are those of the last commit. ``wait`` for the answer, which comes
+        when the set is active. Returns whether it was legal.
         """
         config = self.config
         if threshold is None:
@@ -583,6 +584,9 @@ class EngineBench:
         writes: list[tuple[Any, ...]] = [("CONTROL", control), ("THRESHOLD", threshold)]
         writes.append(("PREDICTORS", predictors))
         writes += [("QUOTA", layer, value) for layer, value in enumerate(quota)]
+        if farther is None:
+            farther = tuple(t << FRACTION_BITS for t in config.thresholds[1 : config.look])
+        writes += [(f"THRESHOLD_{2 + n}", value) for n, value in enumerate(farther)]
         base, stride = place or self.places[-1]
         if self.behind_axi:
             writes += [("BUFFER_BASE_LOW", base), ("BUFFER_BASE_HIGH", base >> 32)]
@@ -595,7 +599,9 @@ class EngineBench:
             if parts != self.shadow_segments[layer]:
                 await self.write_segments(layer, parts)
         bits = (bool(control >> bit & 1) for bit in range(4))
-        settings = Settings(threshold, list(quota), *bits, predictors, segments, base, stride)
+        settings = Settings(
+            threshold, list(quota), *bits, predictors, segments, base, stride, farther
+        )
         legal = settings.refusal(config) is None
         if legal:
             self.settings.append(settings)
@@ -807,6 +813,12 @@ class RandomTraffic(EngineBench):
                 quota[rng.randrange(config.num_layers)] += spare + 1
             elif fault == 1:
                 threshold = rng.choice((-limit - 1, limit, 1 << 30))
+            farther = tuple(
+                rng.choice((-400, -40, 0, 40, rng.randrange(-limit, limit)))
+                for _ in range(1, config.look)
+            )
+            if fault == 5 and farther:
+                farther = (*farther[:-1], rng.choice((-limit - 1, limit, 1 << 30)))
             control = EVERYTHING if rng.random() < 0.5 else rng.randrange(16)
             kinds = self.map["PREDICTORS"].reset
             predictors = kinds if rng.random() < 0.5 else rng.randint(0, kinds)
@@ -822,7 +834,13 @@ class RandomTraffic(EngineBench):
                 elif fault == 4:
                     place = ((1 << config.axi_addr_width) - 2 * PAGE_BYTES, place[1])
             await self.commit(
-                control, threshold, quota, predictors=predictors, segments=segments, place=place
+                control,
+                threshold,
+                quota,
+                predictors=predictors,
+                segments=segments,
+                place=place,
+                farther=farther,
             )
 
     def other_segments(self, *, broken: bool = False) -> list[list[Segment]]:

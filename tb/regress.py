@@ -41,12 +41,17 @@ def random_config(seed: int) -> EngineConfig:
         width = rng.choice((32, 64, 64, 128, 256, 512))
         quota = rng.choice((0, 0, 1, 2, experts // 2, experts))
         least = rng.random() < 0.3
+        ahead = random.Random(f"ahead {seed}")
         try:
             return EngineConfig(
                 num_layers=layers,
                 num_experts=experts,
                 top_k=top_k,
                 spatial_depth=rng.randint(0, 4),
+                lookahead=ahead.choice((0, 1, 1, 2, 3, 4)),
+                threshold_2=ahead.choice((-200, -60, 0)),
+                threshold_3=ahead.choice((-200, 0, 10)),
+                gate_late=ahead.choice((0, 1, 4)),
                 lanes=random.Random(f"lanes {seed}").choice(divisors),
                 weight_bits=rng.choice((4, 5, 6, 8, 8, 10)),
                 margin_low=rng.choice((8, 96, 192, 400)),
@@ -80,6 +85,7 @@ def shape(config: EngineConfig) -> str:
     """A configuration in few words."""
     return (
         f"{config.num_layers}x{config.num_experts} top-{config.top_k}, D {config.depth}, "
+        f"lookahead {config.look}, "
         f"{config.num_slots} slots, {config.axi_data_width} bits"
     )
 

@@ -20,7 +20,8 @@ from unittest import mock
 
 import numpy as np
 
-from simulation import BUILD, ROOT, find_verilator
+from shared_objects import shared_objects
+from simulation import BUILD, OBJECTS, ROOT, find_verilator
 from stmoe.harness.buffer_memory import BufferPlace
 from stmoe.harness.content_checker import AddressMap
 from stmoe.harness.harness import MEMORY_INPUTS
@@ -179,7 +180,10 @@ def build_simulation(
             if tuple(build_args) == QUICK:
                 flags += " VM_PARALLEL_BUILDS=0"
             try:
-                with mock.patch.dict(os.environ, MAKEFLAGS=flags):
+                with (
+                    mock.patch.dict(os.environ, MAKEFLAGS=flags),
+                    shared_objects(folder, find_verilator(), OBJECTS, args, waves),
+                ):
                     FastVerilator().build(
                         sources=[control, source],
                         hdl_toplevel=TOP,

@@ -20,10 +20,12 @@ from amaranth.hdl import Elaboratable, Module
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import Out
 
+from shared_objects import shared_objects
 from stmoe.verilog_writer import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
+OBJECTS = BUILD / "objects"
 IN_REPO = ROOT / "sim_traces" / "olmoe_stdlib_8x32.npz"
 SHARED = ROOT.parent / "shared" / "traces"
 """Real routing of large models: no part of the project, and often not here."""
@@ -99,15 +101,16 @@ def build(component: Elaboratable, name: str, *, waves: bool = False, build_args
         args = ["-Wno-fatal", "-Wno-WIDTHTRUNC", "-Wno-CASEINCOMPLETE", "-O3", *build_args]
         if waves:
             args += ["--trace-fst"]
-        get_runner("verilator").build(
-            sources=[source],
-            hdl_toplevel=name,
-            build_dir=folder,
-            build_args=args,
-            waves=waves,
-            always=True,
-            log_file=folder / "build.log",
-        )
+        with shared_objects(folder, find_verilator(), OBJECTS, args, waves):
+            get_runner("verilator").build(
+                sources=[source],
+                hdl_toplevel=name,
+                build_dir=folder,
+                build_args=args,
+                waves=waves,
+                always=True,
+                log_file=folder / "build.log",
+            )
         (folder / "built").touch()
     return folder
 

@@ -275,7 +275,7 @@ def run(name: str, testcase: str, count: int) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_beat_is_written_once_and_owed_until_answered(name: str) -> None:
     """Stalls on every channel, answers in any order, errors, cancels, retries."""
-    run(name, "random_loads", 10 if name == "narrow" else 5)
+    run(name, "random_loads", 10)
 
 
 @pytest.mark.parametrize("name", ["narrow", "widest"])

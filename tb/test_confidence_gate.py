@@ -30,6 +30,7 @@ from stmoe_golden.config import EngineConfig
 CONFIG = EngineConfig(
     num_layers=5, num_experts=9, top_k=3, quota=1, weight_bits=4, threshold=-20,
     gate_levels=5, gate_step=256, gate_window=8, gate_strict=6, gate_lenient=2, gate_patience=6,
+    lookahead=2, gate_late=3,
 )  # fmt: skip
 
 
@@ -66,7 +67,7 @@ async def confidence_gate_is_golden(dut) -> None:
     for seed in SEEDS:
         dut._log.warning("seed %d", seed)
         rng = random.Random(seed)
-        for name in ("event", "bad", "layer", "event_layer", "bad_layer", "good", "idle"):
+        for name in ("event", "bad", "layer", "event_layer", "bad_layer", "good", "idle", "late"):
             getattr(dut, name).value = 0
         adaptive, floor = 1, CONFIG.threshold * 4
         dut.adaptive.value, dut.floor.value = adaptive, floor & (2 * limit - 1)
@@ -78,9 +79,9 @@ async def confidence_gate_is_golden(dut) -> None:
             await RisingEdge(dut.clk)
         state = new_gate(CONFIG.num_layers)
         flood = (0, 0)
-        quality, p_idle = rng.random(), rng.choice((0.1, 0.5, 0.9))
+        quality, p_idle, p_late = rng.random(), rng.choice((0.1, 0.5, 0.9)), rng.random()
         for _ in range(400):
-            params = gate_params(CONFIG, adaptive=bool(adaptive))._replace(floor=floor)
+            params = gate_params(CONFIG, adaptive=bool(adaptive))._replace(floors=(floor,) * 4)
             # Now and then nothing but bad prefetches of one layer, more than a count holds.
             flood = (rng.randrange(CONFIG.num_layers), 24) if rng.random() < 0.01 else flood
             layer = flood[0] if flood[1] else rng.randrange(CONFIG.num_layers)
@@ -90,12 +91,15 @@ async def confidence_gate_is_golden(dut) -> None:
             if event:
                 good = sum(rng.random() < quality for _ in range(CONFIG.top_k))
                 idle = int(rng.random() < p_idle)
+                late = sum(rng.random() < p_late for _ in range(good))
+                dut.late.value = late
                 dut.event_layer.value, dut.good.value, dut.idle.value = layer, good, idle
                 dut.bad_layer.value = rng.randrange(CONFIG.num_layers)
-                before = int(state.level[layer])
-                for _ in range(good):
-                    note_good(params, state, layer)
+                before, was_near = int(state.level[layer]), int(state.near[layer])
+                for n in range(good):
+                    note_good(params, state, layer, n < late)
                 moved = bool(note_event(params, state, layer, bool(idle)))
+                seen["near" if state.near[layer] else "far"] += state.near[layer] != was_near
                 if moved:
                     seen["up" if state.level[layer] > before else "down"] += 1
                     seen["idle" if 2 * idle else "busy"] += 1
@@ -103,12 +107,13 @@ async def confidence_gate_is_golden(dut) -> None:
                 dut.bad_layer.value = layer
                 dut.event_layer.value = rng.randrange(CONFIG.num_layers)
                 dut.good.value = rng.randrange(CONFIG.top_k + 1)
+                dut.late.value = rng.randrange(CONFIG.top_k + 1)
                 note_bad(params, state, layer)
                 seen["saturated"] += int(state.bad[layer] == 2 * CONFIG.gate_window - 1)
             dut.event.value, dut.bad.value = int(event), int(not event)
             await RisingEdge(dut.clk)
             dut.event.value = dut.bad.value = 0
-            for cycle in range(2):
+            for cycle in range(3):
                 await FallingEdge(dut.clk)
                 assert int(dut.busy.value) == 1, cycle
                 await RisingEdge(dut.clk)
@@ -117,7 +122,7 @@ async def confidence_gate_is_golden(dut) -> None:
             if event:
                 assert int(dut.changed.value) == moved
             if moved:
-                want = int(threshold_of(params, state, layer))
+                want = int(threshold_of(params, state, layer, 1))
                 assert signed(int(dut.changed_threshold.value)) == want
                 seen["highest"] += want == limit - 1
             # The threshold of any layer, two cycles after it was asked for.
@@ -129,8 +134,10 @@ async def confidence_gate_is_golden(dut) -> None:
                 dut.layer.value = rng.randrange(CONFIG.num_layers)
                 await RisingEdge(dut.clk)
                 await FallingEdge(dut.clk)
-                want = int(threshold_of(params, state, asked))
+                want = int(threshold_of(params, state, asked, 1))
                 assert signed(int(dut.threshold.value)) == want, asked
+                none = int(threshold_of(params, state, asked, 2)) >= limit
+                assert bool(int(dut.near.value)) == none, asked
             await RisingEdge(dut.clk)
             if rng.random() < 0.05:
                 adaptive = int(rng.random() < 0.8)
@@ -138,6 +145,6 @@ async def confidence_gate_is_golden(dut) -> None:
                 dut.adaptive.value, dut.floor.value = adaptive, floor & (2 * limit - 1)
                 seen["off"] += 1 - adaptive
             if rng.random() < 0.05:
-                quality = rng.random()
-    for what in ("up", "down", "idle", "busy", "saturated", "highest", "off"):
+                quality, p_late = rng.random(), rng.random()
+    for what in ("up", "down", "idle", "busy", "near", "far", "saturated", "highest", "off"):
         assert seen[what] > 10, f"{what} happened {seen[what]} times"

@@ -57,6 +57,29 @@ CONFIGS = {
         gate_window=4,
         gate_patience=16,
     ),
+    # Selects three layers ahead, one of them without a spatial table; and all layers, by folds.
+    "ahead": EngineConfig(
+        num_layers=5,
+        num_experts=8,
+        lookahead=3,
+        spatial_depth=2,
+        num_transfers=8,
+        expert_bytes=128,
+        gate_window=4,
+        threshold_2=-60,
+        threshold_3=-30,
+    ),
+    "ahead_folds": EngineConfig(
+        num_layers=4,
+        num_experts=6,
+        lanes=3,
+        lookahead=4,
+        quota=1,
+        expert_bytes=96,
+        max_burst=8,
+        gate_window=4,
+        select_max=3,
+    ),
     # Fewer lanes than experts: two folds; three of three lanes, which is no power of two.
     "halves": EngineConfig(
         num_experts=8, lanes=4, expert_bytes=128, gate_window=4, admission_bonus=0
@@ -83,7 +106,7 @@ def run(name: str, testcase: str, count: int) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_random_traffic_matches_golden(name: str) -> None:
     """Legal and illegal events, commits at any time, stalls on every stream."""
-    run(name, "random_traffic", 4 if CONFIGS[name].buffer == "axi" else 10)
+    run(name, "random_traffic", 10)
 
 
 def test_read_error_is_retried_then_granted() -> None:

@@ -59,6 +59,12 @@ CONFIGS = {
         num_layers=3, num_experts=6, top_k=1, lanes=1, quota=1, staging=3, spatial_depth=0,
         weight_bits=4, margin_low=2047, margin_step=0, margin_high=2047, select_max=2,
     ),
+    # Several layers ahead: fewer spatial tables than that, none, and with folds.
+    "ahead": EngineConfig(num_layers=5, num_experts=8, spatial_depth=1, lookahead=3, quota=1),
+    "ahead_of_none": EngineConfig(num_layers=3, num_experts=5, spatial_depth=0, lookahead=4),
+    "ahead_folds": EngineConfig(
+        num_layers=6, num_experts=9, top_k=3, lanes=3, spatial_depth=2, lookahead=4, select_max=2
+    ),
 }  # fmt: skip
 
 
@@ -127,7 +133,8 @@ class TB:
         self.now = 0
         self.taken, self.routing = -2, False
         self.busy = self.committing = self.requested = self.over = False
-        self.apply = None
+        self.apply = self.done = None
+        self.farther: list[tuple[int, int]] = []
         self.wait = 0
         # Rows that the reads of the last two cycles must give.
         self.asked: tuple | None = None
@@ -174,6 +181,16 @@ class TB:
             self.drive("threshold", self.some_threshold())
             self.drive("prefetching", int(rng.random() < 0.9))
             self.drive("absent", rng.getrandbits(self.config.num_experts))
+        if first or (rng.random() < 0.2 and not self.committing and self.done is None):
+            bits = self.config.score_bits
+            thresholds = [self.some_threshold() for _ in range(1, self.config.look)]
+            absents = [rng.getrandbits(self.config.num_experts) for _ in thresholds]
+            self.farther = list(zip(absents, thresholds, strict=True))
+            if self.farther:
+                packed = sum(t << n * bits for n, t in enumerate(thresholds))
+                self.drive("farther_threshold", packed)
+                bits = self.config.num_experts
+                self.drive("farther_absent", sum(a << n * bits for n, a in enumerate(absents)))
         if self.busy and rng.random() < 0.2:
             self.drive("learning", rng.getrandbits(1))
             self.drive("ordered", rng.getrandbits(1))
@@ -288,15 +305,16 @@ class TB:
     def expected_picks(self) -> list[dict]:
         if not self.config.look or not self.driven["prefetching"]:
             return []
-        allowed = np.array(
-            [self.driven["absent"] >> e & 1 for e in range(self.config.num_experts)], bool
-        )
-        threshold = self.driven["threshold"]
-        threshold -= (threshold >> self.config.score_bits - 1) << self.config.score_bits
-        picks = self.golden.select(self.select_layer, allowed, threshold)
-        row = self.golden.state.score[self.select_layer]
-        self.puts = sum(listed(row.tolist(), self.driven["absent"], threshold, self.config))
-        return [{"layer": self.select_layer, "expert": int(e), "score": int(row[e])} for e in picks]
+        expected, layer, self.puts = [], self.select_layer, []
+        for absent, bits in [(self.driven["absent"], self.driven["threshold"]), *self.farther]:
+            allowed = np.array([absent >> e & 1 for e in range(self.config.num_experts)], bool)
+            threshold = bits - ((bits >> self.config.score_bits - 1) << self.config.score_bits)
+            picks = self.golden.select(layer, allowed, threshold)
+            row = self.golden.state.score[layer]
+            self.puts.append(sum(listed(row.tolist(), absent, threshold, self.config)))
+            expected += [{"layer": layer, "expert": int(e), "score": int(row[e])} for e in picks]
+            layer = (layer + 1) % self.config.num_layers
+        return expected
 
     def some_threshold(self) -> int:
         """Mostly near the scores there are, else anything."""
@@ -381,9 +399,12 @@ class TB:
             c, ended = self.config, self.now - 1
             levels, folds = (c.num_lanes - 1).bit_length(), c.folds
             request, done = self.requested_at - taken, self.done - self.granted
-            pick = 5 + levels
-            if folds > 1 and self.picks:
-                pick = 6 + folds * (2 + levels) + self.puts * (2 if c.num_lanes > 1 else 1)
+            pick, longest = 5 + levels, 5 + levels
+            if folds > 1 and self.expected:
+                pick, longest = (
+                    6 + folds * (2 + levels) + puts * (2 if c.num_lanes > 1 else 1)
+                    for puts in (self.puts[0], max(self.puts))
+                )
             if stream == "route":
                 ahead = max(c.depth, c.look)
                 gains = c.gains if ordered else (4,) * c.top_k
@@ -397,14 +418,18 @@ class TB:
             else:
                 corrected = taken
                 self.note("token to commit request", request, 1)
-                rows = c.num_layers if new_sequence else 1
-                wanted = rows * folds + 4 if new_sequence or folds > 1 else 3
+                rows = c.num_layers if new_sequence else max(1, c.look)
+                wanted = rows * folds + (4 if new_sequence or folds > 1 else 2)
                 self.note("token's commit", done, wanted)
                 pick += 2 * (new_sequence and folds == 1)
-            if self.picks:
+            nearest = any(p["layer"] == select_layer for p in self.picks)
+            if nearest:
                 due = max(self.granted + pick, self.done + 1, corrected + 1)
                 assert self.first == due, f"first pick in {self.first}, not {due}"
-            self.note("first to over", ended - max(self.done, corrected), pick + 2 * c.num_select)
+            # From one layer's last pick to the next one's first it takes no longer than that.
+            over = max(1, c.look) * (longest + 2 * c.num_select)
+            over += 2 * (stream == "token" and new_sequence and folds == 1)
+            self.note("first to over", ended - max(self.done, corrected), over)
             if stream == "route" and (c.top_k, c.num_select, folds) == (4, 8, 1):
                 self.note("route to idle", ended + 1 - self.granted, 2 * c.num_select + 24)
 

@@ -25,7 +25,7 @@ from stmoe.register_map import (
     markdown,
     quota_bits,
     registers,
-    threshold_reset,
+    thresholds_reset,
 )
 from stmoe_golden.config import PRESETS, EngineConfig, preset
 
@@ -136,12 +136,7 @@ def test_reset_values_come_from_the_configuration(config: EngineConfig) -> None:
     assert reset["CONTROL"] == 7 | config.adaptive << 3
     assert reset["QUOTA"] == config.quota < 1 << quota_bits(config)
     assert reset["THRESHOLD"] == 4 * config.threshold % (1 << 32)
-    assert threshold_reset(config) == 4 * config.threshold
-
-
-def test_threshold_that_no_score_reaches_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"threshold must be -4096 to 4095 units .*, not 8000"):
-        threshold_reset(preset("tiny").replace(threshold=8000))
+    assert thresholds_reset(config) == tuple(4 * t for t in config.thresholds)
 
 
 def test_counters_are_in_the_documented_order() -> None:

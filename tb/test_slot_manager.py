@@ -40,7 +40,7 @@ from stmoe.register_map import COUNTERS
 from stmoe.slot_manager import SlotManager, record_layout
 from stmoe_golden.buffer import Lane
 from stmoe_golden.checker import Checker, Kind, Record, Settings
-from stmoe_golden.config import USE_BITS, EngineConfig
+from stmoe_golden.config import FRACTION_BITS, USE_BITS, EngineConfig
 
 CONFIGS = {
     # Few slots: pinned, loading and draining ones fill the buffer again and again.
@@ -58,7 +58,12 @@ CONFIGS = {
     "folds": EngineConfig(
         num_layers=3, num_experts=6, lanes=2, quota=1, staging=3, expert_bytes=16, gate_window=4
     ),
-}
+    # Selections of three layers, the last of which is the one before the latest.
+    "ahead": EngineConfig(
+        num_layers=4, num_experts=6, lookahead=3, quota=1, staging=3, select_max=3,
+        expert_bytes=16, gate_window=4, threshold=-7, threshold_2=20, threshold_3=-3,
+    ),
+}  # fmt: skip
 
 
 class ManagerTop(wiring.Component):
@@ -91,7 +96,7 @@ class ManagerTop(wiring.Component):
 # pytest ---------------------------------------------------------------------------------------
 
 
-def run(name: str, testcase: str, count: int = 3) -> None:
+def run(name: str, testcase: str, count: int = 10) -> None:
     run_bench(
         ManagerTop(CONFIGS[name]),
         f"slot_manager_{name}",
@@ -111,7 +116,7 @@ def test_pinned_slot_is_never_a_victim() -> None:
 
 
 def test_demand_cancels_last_prefetch_when_no_slot_is_left() -> None:
-    run("crowded", "demand_cancels_last_prefetch", 8)
+    run("crowded", "demand_cancels_last_prefetch")
 
 
 def test_fill_that_completes_in_the_cycle_of_its_cancel_wins() -> None:
@@ -119,7 +124,7 @@ def test_fill_that_completes_in_the_cycle_of_its_cancel_wins() -> None:
 
 
 def test_lost_slots_are_never_used_again() -> None:
-    run("quotas", "lost_slots_are_never_used_again", 2)
+    run("quotas", "lost_slots_are_never_used_again")
 
 
 # cocotb ---------------------------------------------------------------------------------------
@@ -175,14 +180,17 @@ class Rows:
         shape = (CONFIG.num_layers, CONFIG.num_experts)
         self.state = SimpleNamespace(score=np.zeros(shape, int), use=np.zeros(shape, int))
         self.params = SimpleNamespace(_replace=lambda **_: self.params)
-        self.allowed: np.ndarray | None = None
+        self.asked: list[tuple[int, int | None]] = []
+        """Lanes that might be selected in the latest commit, and the threshold, of each layer."""
         self.picks: deque[tuple[int, int, int]] = deque()
 
     def token(self, new_sequence: bool) -> None:
         self.change()
+        self.asked.clear()
 
     def route(self, layer: int, experts) -> None:
         self.change()
+        self.asked.clear()
 
     def change(self) -> None:
         rng, state = self.rng, self.state
@@ -193,7 +201,10 @@ class Rows:
                 state.use[layer, e] = rng.randrange(rng.choice((2, 1 << USE_BITS)))
 
     def select(self, layer: int, allowed, threshold: int) -> list[int]:
-        self.allowed = allowed.copy()
+        if threshold >> CONFIG.score_bits - 1 > 0:
+            self.asked.append((0, None))  # none is to be selected
+            return []
+        self.asked.append((sum(1 << int(e) for e in np.flatnonzero(allowed)), threshold))
         absent = np.flatnonzero(allowed).tolist()
         picks = self.rng.sample(absent, self.rng.randint(0, min(len(absent), CONFIG.num_select)))
         self.picks.extend((layer, e, int(self.state.score[layer, e])) for e in picks)
@@ -236,6 +247,12 @@ class TB:
         for name in names:
             self.set(name, 0)
         self.set("adaptive", 1)
+        floors = [t << FRACTION_BITS for t in CONFIG.thresholds]
+        mask = (1 << CONFIG.score_bits) - 1
+        self.set("threshold", floors[0] & mask)
+        if CONFIG.look > 1:
+            packed = (floors[n] & mask for n in range(1, CONFIG.look))
+            self.set("farther", sum(f << CONFIG.score_bits * n for n, f in enumerate(packed)))
         width = len(dut.quota) // CONFIG.num_layers
         self.set("quota", sum(CONFIG.quota << width * i for i in range(CONFIG.num_layers)))
         dut.rst.value = 1
@@ -250,7 +267,7 @@ class TB:
         self.oracle = Oracle(
             CONFIG,
             segments=[[] for _ in range(CONFIG.num_layers)],
-            settings=[Settings(0, [CONFIG.quota] * CONFIG.num_layers)],
+            settings=[Settings(floors[0], [CONFIG.quota] * CONFIG.num_layers)],
             **self.boxes,
             counters=[c.name for c in COUNTERS],
         )
@@ -298,6 +315,25 @@ class TB:
                 assert self.count[i] == golden[counter.name], counter.name
 
     # Sampling ----------------------------------------------------------------------------------
+
+    def check_asked(self, when: str) -> None:
+        """The predictor is told what may be selected, and by which threshold, as at the commit."""
+        values = {}
+        for what in ("absent", "threshold"):
+            bits = CONFIG.num_experts if what == "absent" else CONFIG.score_bits
+            first = self.get("absent" if what == "absent" else "select_threshold")
+            farther = self.get(f"farther_{what}") if CONFIG.look > 1 else 0
+            values[what] = [
+                first,
+                *(farther >> bits * n & (1 << bits) - 1 for n in range(CONFIG.look - 1)),
+            ]
+        mask = (1 << CONFIG.score_bits) - 1
+        wanted = [
+            (absent, values["threshold"][n] if threshold is None else threshold & mask)
+            for n, (absent, threshold) in enumerate(self.rows.asked)
+        ]
+        got = list(zip(values["absent"], values["threshold"], strict=True))
+        assert got == wanted, f"{when}: absent and threshold are {got}, not {wanted}"
 
     def took(self, name: str) -> bool:
         valid = self.values.get(f"{name}__valid")
@@ -353,9 +389,7 @@ class TB:
             self.rows.picks.popleft()
         granted = self.get("commit_grant")
         if self.values["commit_done"]:
-            absent = self.get("absent")
-            wanted = sum(1 << int(e) for e in np.flatnonzero(self.rows.allowed))
-            assert absent == wanted, f"cycle {cycle}: absent {absent:b}, not {wanted:b}"
+            self.check_asked(f"cycle {cycle}")
         taken = {n: self.took(f"predictor_{n}") for n in ("token", "route")}
         for name in ("record", "selection_record", "grant_record"):
             value = self.get(name)
@@ -391,6 +425,7 @@ class TB:
         if granted:
             assert self.values["commit_request"]
             self.phase, self.until = "committing", cycle + self.rng.randint(2, 6)
+            self.until += CONFIG.look - 1
 
     def record(self, fields: dict[str, Any]) -> None:
         """Golden decides; then what holds at any time is looked at."""

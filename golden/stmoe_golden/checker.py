@@ -19,8 +19,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .buffer import Lane, admits, new_buffer, victim
-from .confidence import gate_params, new_gate, note_bad, note_event, note_good, threshold_of
-from .config import FRACTION_BITS, NUM_SEGMENTS, PAGE_BYTES, EngineConfig
+from .confidence import (
+    floors_of,
+    gate_params,
+    new_gate,
+    note_bad,
+    note_event,
+    note_good,
+    threshold_of,
+)
+from .config import FRACTION_BITS, NUM_SEGMENTS, PAGE_BYTES, THRESHOLDS, EngineConfig
 from .predictor import Predictor, params_of
 from .records import Kind
 
@@ -86,12 +94,26 @@ class Settings:
     """Byte address of slot 0, where the buffer is behind AXI."""
     slot_stride: int | None = None
     """Bytes from one slot to the next there; None: the slot in whole pages, as after reset."""
+    farther: tuple[int, ...] | None = None
+    """Thresholds of the layers two, three and four ahead, quarter units, as many as the engine
+    looks ahead or more; None: as the configuration has them."""
+
+    def floors(self, config: EngineConfig) -> tuple[int, int, int, int]:
+        """The static thresholds, by distance."""
+        farther = self.farther or ()
+        one, two, three, four = (
+            self.threshold,
+            *farther,
+            *floors_of(config)[1 + len(farther) :],
+        )
+        return one, two, three, four
 
     def refusal(self, config: EngineConfig) -> str | None:
         """Why the engine refuses to commit these; None when it takes them."""
         limit = 1 << (config.score_bits - 1)
-        if not -limit <= self.threshold < limit:
-            return f"threshold must be {-limit} to {limit - 1} quarters, not {self.threshold}"
+        for name, threshold in zip(THRESHOLDS, self.floors(config), strict=True):
+            if not -limit <= threshold < limit:
+                return f"{name} must be {-limit} to {limit - 1} quarters, not {threshold}"
         if len(self.quota) != config.num_layers:
             return f"quota must have {config.num_layers} numbers, not {len(self.quota)}"
         for layer, quota in enumerate(self.quota):
@@ -278,9 +300,10 @@ class Checker:
         self.started: list[Transfer] = []
         self.demand_order: list[Transfer] = []
         self.ended: deque[Transfer] = deque()
-        self.queue: deque[int] = deque()
-        self.queue_layer = 0
-        self.picks: deque[int] = deque()
+        self.queue: deque[tuple[int, int]] = deque()
+        """Layer and expert of what is to be loaded ahead, those of the nearest layer first."""
+        self.picks: deque[tuple[int, int]] = deque()
+        """The same of what is still to be handed over by the predictor."""
         self.grants: deque[tuple[int, int, int, int]] = deque()
         self.work: deque[tuple[int, bool | None, np.ndarray | None]] = deque()
         self.pending: deque[int] = deque()
@@ -304,6 +327,8 @@ class Checker:
         self.startable_since: int | None = None
         self.checked = 0
         self.quiet_limit = 96 + 16 * config.num_layers + 2 * config.num_experts
+        # Between two operations one selection follows the other.
+        self.quiet_limit += 4 * config.num_select * max(0, config.look - 1)
         self.mirror = np.zeros_like(self.buffer.lane)
         self.handlers = {kind: getattr(self, f"_{kind.name.lower()}") for kind in Kind}
 
@@ -425,12 +450,13 @@ class Checker:
         # Prefetches are held back while a commit that moves the slots waits.
         startable &= not (self.settings and self.place(self.settings[0]) != self.place())
         if startable and self.queue and room and self.prefetch_may_start():
-            layer, expert = self.find_victim(self.queue_layer, False)
+            wanted_layer, wanted = self.queue[0]
+            layer, expert = self.find_victim(wanted_layer, False)
             if self.free or layer >= 0:
                 self.fail(
                     record,
-                    f"{since} no LOAD_START or DROP for selected expert {self.queue[0]} of layer "
-                    f"{self.queue_layer} (victim would be {expert} of layer {layer})",
+                    f"{since} no LOAD_START or DROP for selected expert {wanted} of layer "
+                    f"{wanted_layer} (victim would be {expert} of layer {layer})",
                 )
 
     def fail(self, record: Record, why: str) -> None:
@@ -449,7 +475,7 @@ class Checker:
         ]
         for e in range(self.config.num_experts):
             golden, rtl = Lane(b.lane[layer, e]), Lane(self.mirror[layer, e])
-            if golden or rtl or s.score[layer, e] >= self.active.threshold:
+            if golden or rtl or s.score[layer, e] >= min(self.gate_params.floors):
                 lines.append(
                     f"  {e:6}  {names[golden]:16}  {names[rtl]:16}  {b.slot[layer, e]:4}  "
                     f"{s.score[layer, e]:16}  {s.use[layer, e]}"
@@ -457,8 +483,8 @@ class Checker:
         lines += [
             f"  quota {b.quota[layer]}, held {b.held[layer]}, free slots {len(self.free)}, latest "
             f"layer {self.latest}, current set {np.flatnonzero(self.current_set).tolist()}",
-            f"  pending {list(self.pending)}, queue {list(self.queue)} of layer "
-            f"{self.queue_layer}, disproved {sorted(self.disproved)}",
+            f"  pending {list(self.pending)}, queue (layer, expert) {list(self.queue)}, "
+            f"disproved {sorted(self.disproved)}",
             "  last records:",
             *(f"    {r}" for r in self.recent),
         ]
@@ -492,7 +518,7 @@ class Checker:
     def params_of_gate(self) -> Any:
         """The confidence gate as the active registers have it."""
         return gate_params(self.config, adaptive=self.active.adaptive)._replace(
-            floor=self.active.threshold
+            floors=self.active.floors(self.config)
         )
 
     # What the golden model decides ------------------------------------------------------------
@@ -754,7 +780,7 @@ class Checker:
         for e in experts:
             state = b.lane[layer, e]
             if state in (Lane.LOADING_PREFETCH, Lane.READY_UNUSED):
-                note_good(*gate)
+                note_good(*gate, state == Lane.LOADING_PREFETCH)
             if state == Lane.NONE:
                 self.pending.append(e)
                 self.count("misses")
@@ -792,31 +818,30 @@ class Checker:
         layer, new_sequence, experts = self.work.popleft()
         self.expect(record, layer=layer)
         if self.picks:
-            self.fail(record, f"experts {list(self.picks)} of the selection before are missing")
+            self.fail(
+                record, f"{list(self.picks)} (layer, expert) of the last selection are missing"
+            )
         if experts is None:
             self.predictor.token(bool(new_sequence))
         else:
             self.predictor.route(self.latest, experts)
         self.count("score_commits")
         self.drop_queue()
-        self.queue_layer = layer
-        if self.active.prefetching and self.config.look:
+        for distance in range(1, self.config.look + 1 if self.active.prefetching else 1):
             allowed = self.buffer.lane[layer] == Lane.NONE
-            self.picks.extend(
-                int(e)
-                for e in self.predictor.select(
-                    layer, allowed, int(threshold_of(self.gate_params, self.gate, layer))
-                )
-            )
+            threshold = int(threshold_of(self.gate_params, self.gate, layer, distance))
+            picks = self.predictor.select(layer, allowed, threshold)
+            self.picks.extend((layer, int(e)) for e in picks)
+            layer = (layer + 1) % self.config.num_layers
 
     def _select(self, record: Record) -> None:
         if not self.picks:
-            self.fail(record, f"nothing more is to be selected for layer {self.queue_layer}")
-        expert = self.picks.popleft()
-        score = int(self.predictor.state.score[self.queue_layer, expert])
+            self.fail(record, "nothing more is to be selected")
+        layer, expert = self.picks.popleft()
+        score = int(self.predictor.state.score[layer, expert])
         mask = (1 << self.config.score_bits) - 1
-        self.expect(record, layer=self.queue_layer, expert=expert, data=score & mask)
-        self.queue.append(expert)
+        self.expect(record, layer=layer, expert=expert, data=score & mask)
+        self.queue.append((layer, expert))
         self.count("selected")
 
     def _load_start(self, record: Record) -> None:
@@ -827,8 +852,7 @@ class Checker:
                 self.fail(record, "nothing is demanded or selected")
             if not self.prefetch_may_start(1, chosen=self.prefetch_retried):
                 self.fail(record, "a prefetch may not start now")
-        layer = self.latest if demand else self.queue_layer
-        expert = (self.pending if demand else self.queue).popleft()
+        layer, expert = (self.latest, self.pending.popleft()) if demand else self.queue.popleft()
         flag, evicted = int(not demand), 0
         if self.free:
             slot = self.free.popleft()
@@ -884,7 +908,7 @@ class Checker:
     def _drop(self, record: Record) -> None:
         if self.pending or not self.queue or not self.prefetch_may_start(1) or self.free:
             self.fail(record, "no prefetch is being judged")
-        expert, layer = self.queue.popleft(), self.queue_layer
+        layer, expert = self.queue.popleft()
         self.expect(record, layer=layer, expert=expert)
         victim_layer, victim_expert = self.find_victim(layer, False)
         if victim_layer < 0 or self.admitted(layer, expert, victim_layer, victim_expert):
@@ -1143,7 +1167,7 @@ class Checker:
         mask = (1 << self.config.score_bits) - 1
         if self.gate_due:
             self.gate_due = False
-            threshold = int(threshold_of(self.gate_params, self.gate, self.latest))
+            threshold = int(threshold_of(self.gate_params, self.gate, self.latest, 1))
             self.expect(record, layer=self.latest, flag=1, data=threshold & mask)
             return
         if not self.threshold_due:

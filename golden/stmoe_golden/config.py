@@ -50,6 +50,10 @@ def _flag(default: bool, doc: str) -> Any:
     return field(default=default, metadata={"unit": "", "low": 0, "high": 1, "doc": doc})
 
 
+THRESHOLDS = ("threshold", "threshold_2", "threshold_3", "threshold_4")
+"""Fields of the static thresholds, one for each distance that lookahead reaches at most."""
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """Shape and sizing of one prefetch engine.
@@ -64,7 +68,7 @@ class EngineConfig:
     top_k: int = _param(2, "experts", 1, 16, "experts that one token uses in one layer, K")
     num_contexts: int = _param(1, "contexts", 1, 1, "sequences decoded at once")
     spatial_depth: int = _param(3, "layers", 0, 4, "spatial tables, D; clamped to L-1")
-    lookahead: int = _param(1, "layers", 0, 1, "layers selected ahead; clamped to L-1")
+    lookahead: int = _param(1, "layers", 0, 4, "layers selected ahead; clamped to L-1")
     lanes: int = _param(
         0, "lanes", 0, 256, "experts worked on at once, a divisor of E; 0 means all of them"
     )
@@ -73,12 +77,18 @@ class EngineConfig:
     margin_step: int = _param(32, "units", 0, 2047, "m2: margin of the second step")
     margin_high: int = _param(128, "units", 0, 2047, "m3: margin of the third step")
     threshold: int = _param(-87, "units", -8192, 8191, "static confidence threshold after reset")
+    threshold_2: int = _param(-60, "units", -8192, 8191, "the same, for the layer after the next")
+    threshold_3: int = _param(0, "units", -8192, 8191, "the same, three layers ahead")
+    threshold_4: int = _param(30, "units", -8192, 8191, "the same, four layers ahead")
     adaptive: bool = _flag(True, "each layer's threshold moves by what becomes of its prefetches")
     gate_levels: int = _param(32, "levels", 1, 255, "steps that a threshold may rise")
     gate_step: int = _param(8, "units", 1, 256, "what a threshold rises by with each level")
     gate_window: int = _param(32, "loads", 4, 256, "prefetches judged together, a power of two")
     gate_strict: int = _param(5, "eighths", 0, 8, "good prefetches asked for on a busy link")
     gate_lenient: int = _param(4, "eighths", 0, 8, "good prefetches asked for on an idle link")
+    gate_late: int = _param(
+        1, "eighths", 0, 8, "late ones of the good prefetches that ask for farther layers"
+    )
     gate_patience: int = _param(
         512, "events", 2, 4096, "events of a layer without a judgement that lower its threshold"
     )
@@ -153,11 +163,13 @@ class EngineConfig:
         if self.event_depth & (self.event_depth - 1):
             raise ConfigError(f"event_depth must be a power of two, not {self.event_depth}")
         limit = 1 << (self.score_bits - 1 - FRACTION_BITS)
-        if not -limit <= self.threshold < limit:
-            raise ConfigError(
-                f"threshold must be {-limit} to {limit - 1} units where a score has "
-                f"{self.score_bits} bits, not {self.threshold}"
-            )
+        used = self.thresholds[: max(1, self.lookahead)]
+        for name, threshold in zip(THRESHOLDS, used, strict=False):
+            if not -limit <= threshold < limit:
+                raise ConfigError(
+                    f"{name} must be {-limit} to {limit - 1} units where a score has "
+                    f"{self.score_bits} bits, not {threshold}"
+                )
         if self.event_depth < 2 * self.event_margin:
             raise ConfigError(
                 f"event_depth must be at least {2 * self.event_margin} (2 * (max_outstanding + "
@@ -205,6 +217,11 @@ class EngineConfig:
     def look(self) -> int:
         """Layers selected ahead: lookahead clamped to L-1."""
         return min(self.lookahead, self.num_layers - 1)
+
+    @property
+    def thresholds(self) -> tuple[int, ...]:
+        """Static thresholds after reset, by distance: that of the next layer first."""
+        return tuple(getattr(self, name) for name in THRESHOLDS)
 
     @property
     def num_lanes(self) -> int:

@@ -234,7 +234,8 @@ class ExpertOffload:
         for distance in range(1, config.look + 1):
             layer = (self._latest + distance) % config.num_layers
             allowed = self._buffer.lane[layer] == int(Lane.NONE)
-            picks = self._predictor.select(layer, allowed, config.threshold << FRACTION_BITS)
+            threshold = config.thresholds[distance - 1] << FRACTION_BITS
+            picks = self._predictor.select(layer, allowed, threshold)
             for expert in picks:
                 if len(self._loading) >= config.prefetch_slots:
                     break

@@ -93,6 +93,7 @@ class PolicyParams(NamedTuple):
     compares: bool
     form: int
     limit: int
+    look: int
     use_shift: int
     record: bool
     gate: GateParams
@@ -156,7 +157,6 @@ ATTENTION, EXPERT, DEMAND, PREFETCH, CANCEL, WAIT = range(len(TIMELINE_KINDS))
     ACTIVE,  # prefetch that has bursts left, -1 if none
     QUEUE_HEAD,
     QUEUE_LENGTH,
-    QUEUE_LAYER,
     LOOK,  # next prefetch is looked at from here on
     FREE,  # free slots
     HELD,  # prefetches that hold a slot
@@ -171,7 +171,7 @@ ATTENTION, EXPERT, DEMAND, PREFETCH, CANCEL, WAIT = range(len(TIMELINE_KINDS))
     BUSY_UNTIL,  # the engine takes no route before
     NEXT_END,  # no prefetch in flight ends before
     SCALARS,
-) = range(21)
+) = range(20)
 
 
 class RunState(NamedTuple):
@@ -200,7 +200,7 @@ class RunState(NamedTuple):
     transfers: np.ndarray
     """int64 [X, 8]: prefetches in flight, see below."""
     queue: np.ndarray
-    """int64 [limit, 2]: expert, time from which it is in the queue."""
+    """int64 [limit * look, 3]: layer, expert, time from which it is in the queue."""
     grants: np.ndarray
     """int64 [K, 2]: time of the grant, expert."""
     free_slots: np.ndarray
@@ -388,8 +388,8 @@ def _take_free(s):
 @kernel
 def _start_prefetch(m, q, s, b, t):
     """The head of the queue at time ``t``: starts, is dropped, or finds no victim yet (False)."""
-    layer = s.c[QUEUE_LAYER]
-    expert = s.queue[s.c[QUEUE_HEAD], 0]
+    layer = s.queue[s.c[QUEUE_HEAD], 0]
+    expert = s.queue[s.c[QUEUE_HEAD], 1]
     at = t + m.engine.start
     if s.c[FREE] > 0:
         slot = _take_free(s)
@@ -451,7 +451,7 @@ def _advance(m, q, s, b, until):
             continue
         if s.c[QUEUE_LENGTH] == 0:
             return
-        t = max(s.c[LOOK], s.queue[s.c[QUEUE_HEAD], 1])
+        t = max(s.c[LOOK], s.queue[s.c[QUEUE_HEAD], 2])
         t = max(t, s.ring_prefetch[s.c[RING_PREFETCH], 0] + m.engine.ready)
         if t >= until:
             return
@@ -550,7 +550,7 @@ def _route(m, q, s, b, layer, used, now, missed_by_lru, token_misses):
             counts[HITS] += 1
             if lane == READY_UNUSED:
                 counts[USEFUL] += 1
-                note_good(q.gate, s.gate, layer)
+                note_good(q.gate, s.gate, layer, False)
                 s.c[UNUSED] -= 1
             if missed_by_lru >> k & 1 and s.by_prefetch[layer, e]:
                 counts[LRU_PREFETCHED] += 1
@@ -563,7 +563,7 @@ def _route(m, q, s, b, layer, used, now, missed_by_lru, token_misses):
             missing += 1
             bits |= 1 << k
         else:  # on its way
-            note_good(q.gate, s.gate, layer)
+            note_good(q.gate, s.gate, layer, True)
             bits |= 1 << k
     if q.gate.levels > 0:
         note_event(q.gate, s.gate, layer, idle)
@@ -664,26 +664,33 @@ def _run(m, q, s, b, layer, count, now):
 
 @kernel
 def _choose(m, q, s, b, layer, at):
-    """Selects for ``layer`` at the score commit; the picks replace the queue."""
+    """Selects for ``layer`` and those after it at the score commit; the picks replace the queue.
+    Returns when the selection is over."""
     s.c[QUEUE_HEAD] = 0
-    s.c[QUEUE_LENGTH] = 0
-    s.c[QUEUE_LAYER] = layer
-    allowed = b.lane[layer] == NONE
-    picks = select(s.score[layer], allowed, threshold_of(q.gate, s.gate, layer), q.limit)
-    s.counts[layer, SELECTED] += len(picks)
-    t = at + m.engine.pick
-    for i in range(len(picks)):
-        s.queue[i, 0] = picks[i]
-        s.queue[i, 1] = t
-        t += m.engine.pick_next
-    s.c[QUEUE_LENGTH] = len(picks)
+    n = 0
+    t = at
+    for distance in range(1, q.look + 1):
+        allowed = b.lane[layer] == NONE
+        threshold = threshold_of(q.gate, s.gate, layer, distance)
+        picks = select(s.score[layer], allowed, threshold, q.limit)
+        s.counts[layer, SELECTED] += len(picks)
+        t += m.engine.pick
+        for expert in picks:
+            s.queue[n, 0] = layer
+            s.queue[n, 1] = expert
+            s.queue[n, 2] = t
+            t += m.engine.pick_next
+            n += 1
+        layer = layer + 1 if layer + 1 < len(m.attention) else 0
+    s.c[QUEUE_LENGTH] = n
+    return t
 
 
 @kernel
 def _protect(q, s, layer):
     """What a guess names is not to be evicted before its layer has been routed."""
     for e in range(s.score.shape[1]):
-        if s.score[layer, e] >= threshold_of(q.gate, s.gate, layer):
+        if s.score[layer, e] >= threshold_of(q.gate, s.gate, layer, 1):
             s.base[layer, e] |= PROTECTED
 
 
@@ -763,9 +770,8 @@ def _compiled(source: int) -> Callable[..., None]:
                         if not q.learned:
                             _protect(q, s, following)
                     at = max(committed, t + g.commit)
-                    _choose(m, q, s, b, following, at)
                     s.c[LOOK] = at
-                    s.c[BUSY_UNTIL] = at + g.pick + s.c[QUEUE_LENGTH] * g.pick_next
+                    s.c[BUSY_UNTIL] = _choose(m, q, s, b, following, at)
                 # Released: a victim only once the next event is the latest.
                 for e in chosen:
                     b.lane[layer, e] = READY
@@ -871,7 +877,7 @@ def _new_run(m: Machine, policy: Policy, config: EngineConfig, state: Any, spans
         ring=np.zeros(m.max_outstanding, np.int64),
         ring_prefetch=np.zeros((m.prefetch_outstanding, 2), np.int64),
         transfers=np.zeros((max(1, m.prefetch_loads), 8), np.int64),
-        queue=np.zeros((max(1, policy.limit), 2), np.int64),
+        queue=np.zeros((max(1, policy.limit * policy.look), 3), np.int64),
         grants=np.zeros((config.top_k, 2), np.int64),
         free_slots=np.arange(m.slots, dtype=np.int32)[::-1].copy(),
         counts=np.zeros((layers, len(COUNTS)), np.int64),
@@ -925,6 +931,7 @@ def _params(policy: Policy, config: EngineConfig, gate: GateParams, record: bool
         compares=policy.compares,
         form=int(policy.retention),
         limit=int(policy.limit),
+        look=int(policy.look),
         use_shift=config.use_shift if policy.learned else 0,
         record=record,
         gate=gate,

@@ -22,6 +22,7 @@ def _row_layout(config: EngineConfig) -> data.StructLayout:
             "bad": counted,
             "events": events,
             "idle": events,
+            **({"late": counted, "near": 1} if config.look > 1 else {}),
         }
     )
 
@@ -34,9 +35,9 @@ def _times(value: Value, factor: int) -> Value:
 class ConfidenceGate(wiring.Component):
     """Threshold of the confidence gate, one for each layer.
 
-    Rows of a level and four counts lie in LUT RAM. An event or a bad prefetch reads its row in
-    the next cycle and writes it in the one after; ``changed`` is there in the third. So two of them
-    are at least three cycles apart.
+    Rows of a level and some counts lie in LUT RAM. An event or a bad prefetch reads its row in the
+    next cycle, it is judged in the one after and written in the third; ``changed`` is there in the
+    fourth. So two of them are at least three cycles apart.
 
     Source: architecture section 2, *Confidence gate*; the rule is
     :mod:`stmoe_golden.confidence`'s.
@@ -50,6 +51,8 @@ class ConfidenceGate(wiring.Component):
     event, event_layer, good, idle : In
         One cycle: a routing event of this layer found ``good`` prefetches resident for the first
         time or on their way; ``idle``: no load was in flight.
+    late : In
+        Only where ``lookahead`` is more than 1: how many of the ``good`` ones were on their way.
     bad, bad_layer : In
         One cycle, never with ``event``: a prefetch of this layer was evicted unused or cancelled.
     adaptive : In
@@ -59,6 +62,9 @@ class ConfidenceGate(wiring.Component):
     layer : In
     threshold : Out
         Of the ``layer`` of two cycles before. A register's output.
+    near : Out
+        Only where ``lookahead`` is more than 1, likewise: the layer is not to be selected for
+        before it is the next one.
     busy : Out
         An event or a bad prefetch is being counted.
     changed, changed_threshold : Out
@@ -71,12 +77,14 @@ class ConfidenceGate(wiring.Component):
             raise TypeError(f"config must be an EngineConfig, not {config!r}")
         self.config = c = config
         score = signed(c.score_bits)
+        farther = {"late": In(range(c.top_k + 1)), "near": Out(1)} if c.look > 1 else {}
         super().__init__(
             {
                 "event": In(1),
                 "event_layer": In(c.layer_bits),
                 "good": In(range(c.top_k + 1)),
                 "idle": In(1),
+                **farther,
                 "bad": In(1),
                 "bad_layer": In(c.layer_bits),
                 "adaptive": In(1),
@@ -110,7 +118,8 @@ class ConfidenceGate(wiring.Component):
             with m.If(walk == c.num_layers - 1):
                 m.d.sync += clearing.eq(0)
 
-        # First cycle: what was asked for. Second: its row, with what is new counted.
+        # First cycle: what was asked for. Second: its row, with what is new counted. Third: what
+        # comes of it. Fourth: written.
         asked, asked_event, asked_idle = Signal(), Signal(), Signal()
         asked_layer = Signal(c.layer_bits)
         asked_good = Signal.like(self.good)
@@ -144,34 +153,59 @@ class ConfidenceGate(wiring.Component):
             row.events.eq(old.events + asked_event),
             row.idle.eq(old.idle + asked_idle),
         ]
+        if c.look > 1:
+            asked_late = Signal.like(self.late)
+            m.d.sync += [
+                asked_late.eq(Mux(self.event, self.late, 0)),
+                row.late.eq(counted(old.late, asked_late)),
+                row.near.eq(old.near),
+            ]
 
-        # Third: judged and written.
-        new = Signal(layout)
         total = Signal(range(2 * most + 1))
-        ends, late, poor, rises, falls = Signal(), Signal(), Signal(), Signal(), Signal()
+        ends, overdue, poor, rises, falls = Signal(), Signal(), Signal(), Signal(), Signal()
+        judged, judged_event = Signal(), Signal()
+        counts = Signal(layout)
+        judged_layer = Signal(c.layer_bits)
+        m.d.comb += total.eq(row.good + row.bad)
         needed = (c.gate_strict, c.gate_lenient)
         # 8 * good < part * (good + bad)
         strict, lenient = (_times(row.good, 8 - part) < _times(row.bad, part) for part in needed)
-        m.d.comb += [
-            total.eq(row.good + row.bad),
+        m.d.sync += [
+            judged.eq(ready),
+            judged_event.eq(ready_event),
+            judged_layer.eq(row_layer),
+            counts.eq(row),
             ends.eq(total >= c.gate_window),
-            late.eq(row.events >= c.gate_patience),
+            overdue.eq(row.events >= c.gate_patience),
             poor.eq(Mux(row.idle << 1 > row.events, lenient, strict)),
-            rises.eq(ends & poor & (row.level != c.gate_levels)),
-            falls.eq(Mux(ends, ~poor, late) & (row.level != 0)),
-            new.eq(row),
         ]
-        with m.If(ready_event):
-            m.d.comb += new.level.eq(row.level + rises - falls)
+        if c.look > 1:
+            seldom_late = Signal()
+            m.d.sync += seldom_late.eq(row.late << 3 < _times(row.good, c.gate_late))
+        new = Signal(layout)
+        m.d.comb += [
+            rises.eq(ends & poor & (counts.level != c.gate_levels)),
+            falls.eq(Mux(ends, ~poor, overdue) & (counts.level != 0)),
+            new.eq(counts),
+        ]
+        with m.If(judged_event):
+            m.d.comb += new.level.eq(counts.level + rises - falls)
+            with m.If(ends | overdue | ~self.adaptive):
+                m.d.comb += [new.good.eq(0), new.bad.eq(0), new.events.eq(0), new.idle.eq(0)]
+                if c.look > 1:
+                    m.d.comb += new.late.eq(0)
+            if c.look > 1:
+                with m.If(ends):
+                    m.d.comb += new.near.eq(seldom_late)
             with m.If(~self.adaptive):
                 m.d.comb += new.level.eq(0)
-            with m.If(ends | late | ~self.adaptive):
-                m.d.comb += [new.good.eq(0), new.bad.eq(0), new.events.eq(0), new.idle.eq(0)]
+                if c.look > 1:
+                    m.d.comb += new.near.eq(0)
         m.d.comb += [
-            write.en.eq(ready | clearing),
-            write.addr.eq(Mux(clearing, walk, row_layer)),
+            write.en.eq(judged | clearing),
+            write.addr.eq(Mux(clearing, walk, judged_layer)),
             write.data.eq(Mux(clearing, 0, new)),
-            self.busy.eq(asked | ready),
+            self.busy.eq(asked | ready | judged),
         ]
 
         highest = (1 << (c.score_bits - 1)) - 1
@@ -186,18 +220,22 @@ class ConfidenceGate(wiring.Component):
         level_changed = Signal.like(new.level)
         with m.If(self.event):
             m.d.sync += self.changed.eq(0)
-        with m.If(ready_event):
+        with m.If(judged_event):
             m.d.sync += [
                 self.changed.eq(self.adaptive & (rises | falls)),
                 level_changed.eq(new.level),
             ]
         level = Signal.like(new.level)
+        looked = data.View(layout, look.data)
         m.d.comb += [
             look.addr.eq(self.layer),
             self.changed_threshold.eq(above_floor(level_changed)),
         ]
         m.d.sync += [
-            level.eq(Mux(self.adaptive, data.View(layout, look.data).level, 0)),
+            level.eq(Mux(self.adaptive, looked.level, 0)),
             self.threshold.eq(above_floor(level)),
         ]
+        if c.look > 1:
+            near = Signal()
+            m.d.sync += [near.eq(self.adaptive & looked.near), self.near.eq(near)]
         return m

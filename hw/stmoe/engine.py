@@ -147,6 +147,12 @@ class Engine(wiring.Component):
             registers.read_valid.eq(predictor.read_valid),
             registers.read_value.eq(predictor.read_value),
         ]
+        if c.look > 1:
+            m.d.comb += [
+                manager.farther.eq(registers.farther),
+                predictor.farther_absent.eq(manager.farther_absent),
+                predictor.farther_threshold.eq(manager.farther_threshold),
+            ]
         if c.folds > 1:
             m.d.comb += [
                 predictor.victim_fold.eq(manager.victim_fold),

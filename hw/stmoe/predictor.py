@@ -9,6 +9,7 @@ from amaranth.lib.wiring import In, Out
 
 from stmoe_golden.config import FRACTION_BITS, EngineConfig
 
+from .ahead_rows import AheadRows
 from .correlation_table import CorrelationTable
 from .expert_map import lane_bits
 from .folded_lanes import fold_and_lane
@@ -203,6 +204,9 @@ class Predictor(wiring.Component):
         One cycle: all have been delivered.
     clear_done : Out
         The tables have been cleared after reset.
+    farther_absent, farther_threshold : In
+        Only where ``lookahead`` is more than 1: ``absent`` and ``threshold`` of the layers after
+        the next, nearest first. Looked at from ``commit_done`` to ``selection_over``.
     victim_layer, victim_score, victim_use : In, Out, Out
         Read port of the score memory, two cycles of latency. It is the predictor's own in the
         cycle in which a route or token is taken, and from ``commit_grant`` until ``commit_done``:
@@ -228,6 +232,11 @@ class Predictor(wiring.Component):
         if not isinstance(config, EngineConfig):
             raise TypeError(f"config must be an EngineConfig, not {config!r}")
         self.config = c = config
+        score = signed(c.score_bits)
+        farther = {
+            "farther_absent": In(data.ArrayLayout(unsigned(c.num_experts), max(0, c.look - 1))),
+            "farther_threshold": In(data.ArrayLayout(score, max(0, c.look - 1))),
+        }
         super().__init__(
             {
                 "token": In(stream.Signature(token_layout())),
@@ -243,7 +252,7 @@ class Predictor(wiring.Component):
                 "victim_layer": In(c.layer_bits),
                 "victim_score": Out(score_layout(c)),
                 "victim_use": Out(use_layout(c)),
-                "threshold": In(signed(c.score_bits)),
+                "threshold": In(score),
                 "learning": In(1),
                 "ordered": In(1),
                 "prefetching": In(1),
@@ -253,6 +262,7 @@ class Predictor(wiring.Component):
                 "read_valid": Out(1),
                 "read_value": Out(signed(c.bias_bits)),
                 **({"victim_fold": In(c.fold_bits), "victim_wait": Out(1)} if c.folds > 1 else {}),
+                **(farther if c.look > 1 else {}),
             }
         )
 
@@ -573,10 +583,29 @@ class Predictor(wiring.Component):
 
         # Selection -------------------------------------------------------------------------------
         selection_over, delivering = Signal(), Signal()
+        # The selection goes on with the next layer: its row is taken out of those kept.
+        more, restart, again_fold = Signal(), Signal(), Signal(c.fold_bits)
         if c.look:
             m.submodules.selector = selector = Selector(c)
             start_selection = Signal()
-            absent = self.absent
+            absent, threshold = self.absent, self.threshold
+            offered, offered_fold = row, fetched_fold[2] if folded else Const(0)
+            if c.look > 1:
+                distance = Signal(range(c.look))
+                m.submodules.ahead_rows = ahead_rows = AheadRows(c)
+                m.d.comb += [
+                    ahead_rows.clear.eq(idle),
+                    ahead_rows.write.eq(valid[2]),
+                    ahead_rows.fold.eq(offered_fold),
+                    ahead_rows.row.eq(row),
+                    ahead_rows.distance.eq(distance),
+                    ahead_rows.read_fold.eq(again_fold),
+                    more.eq(selecting & (distance != c.look - 1)),
+                ]
+                absent = Array([absent, *self.farther_absent])[distance]
+                threshold = Array([threshold, *self.farther_threshold])[distance]
+                offered = Mux(restart, ahead_rows.kept.as_value(), row.as_value())
+                offered_fold = Mux(restart, again_fold, offered_fold)
             if folded:
                 # The first layer's folds.
                 nearest = Signal()
@@ -588,21 +617,21 @@ class Predictor(wiring.Component):
                 chosen = Mux(start_selection, self.prefetching, selecting)
                 m.d.comb += [
                     start_selection.eq(offers[2] & (fetched_fold[2] == 0)),
-                    selector.start.eq(offers[2] & chosen),
-                    selector.fold.eq(fetched_fold[2]),
+                    selector.start.eq((offers[2] & chosen) | restart),
+                    selector.fold.eq(offered_fold),
                 ]
                 absent = Array(absent[n * lanes : (n + 1) * lanes] for n in range(c.folds))[
-                    fetched_fold[2]
+                    offered_fold
                 ]
             else:
                 m.d.comb += [
                     start_selection.eq(valid[2] & ~valid[3]),
-                    selector.start.eq(start_selection & self.prefetching),
+                    selector.start.eq((start_selection & self.prefetching) | restart),
                 ]
             m.d.comb += [
-                selector.score.eq(row),
+                selector.score.eq(offered),
                 selector.candidates.eq(absent),
-                selector.threshold.eq(self.threshold),
+                selector.threshold.eq(threshold),
                 selector.layer.eq(self.select_layer),
                 selector.hold.eq(~delivering),
                 selection_over.eq(delivering & (selector.over | ~selecting)),
@@ -665,6 +694,7 @@ class Predictor(wiring.Component):
                     bias_layer.eq(Mux(taken, layer, self.read_index.layer)),
                     *([bias_fold.eq(Mux(taken, 0, read_fold))] if folded else []),
                     self.select_layer.eq(target[min(1, ahead)]),
+                    *([distance.eq(0)] if c.look > 1 else []),
                 ]
                 with m.If(taken):
                     m.d.comb += port_next.eq(1)
@@ -678,7 +708,9 @@ class Predictor(wiring.Component):
                             *(target[d].eq(d) for d in range(ahead + 1)),
                             bias_layer.eq(0),
                             self.select_layer.eq(0),
-                            rows_left.eq(Mux(self.token.payload.new_sequence, layers - 1, 0)),
+                            rows_left.eq(
+                                Mux(self.token.payload.new_sequence, layers - 1, max(1, c.look) - 1)
+                            ),
                         ]
                         m.next = "REQUEST"
                     with m.Else():
@@ -737,10 +769,24 @@ class Predictor(wiring.Component):
                     m.next = "SELECT"
             with m.State("SELECT"):
                 m.d.comb += delivering.eq(~correcting)
-                with m.If(selection_over):
+                with m.If(selection_over & ~more):
                     m.d.comb += self.selection_over.eq(1)
                     if late:
                         m.d.comb += over.eq(1)
                     m.next = "IDLE"
+                if c.look > 1:
+                    with m.Elif(selection_over):
+                        m.d.sync += [
+                            distance.eq(distance + 1),
+                            self.select_layer.eq(following(self.select_layer)),
+                            again_fold.eq(0),
+                        ]
+                        m.next = "RESTART"
+            if c.look > 1:
+                with m.State("RESTART"):
+                    m.d.comb += restart.eq(1)
+                    m.d.sync += again_fold.eq(again_fold + 1)
+                    with m.If(again_fold == c.folds - 1):
+                        m.next = "SELECT"
 
         return m

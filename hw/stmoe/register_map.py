@@ -27,6 +27,7 @@ from stmoe_golden.config import (
 __all__ = [
     "COUNTERS",
     "COUNTER_INDEX",
+    "FARTHER_THRESHOLDS",
     "IDENTITY",
     "TABLE_PATIENCE",
     "VERSION",
@@ -40,13 +41,13 @@ __all__ = [
     "markdown",
     "quota_bits",
     "registers",
-    "threshold_reset",
+    "thresholds_reset",
 ]
 
 IDENTITY = int.from_bytes(b"STMO", "big")
 """What IDENTITY reads: ASCII 'STMO', 'S' in the most significant byte."""
 
-VERSION = (1, 0, 0)
+VERSION = (1, 1, 0)
 """Version of the register map: major (incompatible), minor (additions), patch."""
 
 WORD_BYTES = 4
@@ -241,17 +242,13 @@ def quota_bits(config: EngineConfig) -> int:
     return config.num_experts.bit_length()
 
 
-def threshold_reset(config: EngineConfig) -> int:
-    """Threshold after reset in quarter units, signed; ValueError when no score can reach it."""
-    value = config.threshold << FRACTION_BITS
-    limit = 1 << (config.score_bits - 1)
-    if not -limit <= value < limit:
-        low, high = -limit >> FRACTION_BITS, (limit - 1) >> FRACTION_BITS
-        raise ValueError(
-            f"threshold must be {low} to {high} units (scores have {config.score_bits} bits), "
-            f"not {config.threshold}"
-        )
-    return value
+FARTHER_THRESHOLDS = ("THRESHOLD_2", "THRESHOLD_3", "THRESHOLD_4")
+"""Registers of the thresholds of the layers two, three and four ahead."""
+
+
+def thresholds_reset(config: EngineConfig) -> tuple[int, ...]:
+    """Thresholds after reset by distance, in quarter units, signed; four of them."""
+    return tuple(threshold << FRACTION_BITS for threshold in config.thresholds)
 
 
 def registers(config: EngineConfig) -> tuple[Register, ...]:
@@ -382,7 +379,7 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
             "THRESHOLD",
             0x028,
             rw,
-            threshold_reset(config) & 0xFFFF_FFFF,
+            thresholds_reset(config)[0] & 0xFFFF_FFFF,
             (
                 Field(
                     "threshold",
@@ -528,6 +525,26 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
             "num_experts reads. Answers SLVERR, and moves nothing, when TABLE_INDEX names a "
             f"weight that does not exist, or when no pause came in {TABLE_PATIENCE} cycles "
             "(an event waits for the accelerator, say): read again then.",
+        ),
+        *(
+            Register(
+                name,
+                0x050 + 4 * n,
+                rw,
+                thresholds_reset(config)[1 + n] & 0xFFFF_FFFF,
+                (
+                    Field(
+                        "threshold",
+                        0,
+                        32,
+                        rw,
+                        f"as THRESHOLD.threshold, for the layer that is {2 + n} ahead",
+                    ),
+                ),
+                "Confidence threshold of a farther layer (shadow: takes effect at a commit); only "
+                f"where the lookahead is {2 + n} or more.",
+            )
+            for n, name in enumerate(FARTHER_THRESHOLDS[: max(0, config.look - 1)])
         ),
         *(_place_registers(config) if config.buffer == "axi" else ()),
         Register(

@@ -21,12 +21,13 @@ from .payloads import (
 )
 from .register_map import (
     COUNTERS,
+    FARTHER_THRESHOLDS,
     TABLE_PATIENCE,
     Access,
     addr_width,
     quota_bits,
     registers,
-    threshold_reset,
+    thresholds_reset,
 )
 from .table_reader import table_index_layout
 
@@ -230,7 +231,6 @@ class Registers(wiring.Component):
     Parameters
     ----------
     config : :class:`EngineConfig`
-        ValueError when its threshold is outside the range of a score.
     counter_bits : int
         Bits of a counter; fewer than 32 only to reach the wrap in a test.
 
@@ -244,6 +244,8 @@ class Registers(wiring.Component):
         Active kinds of predictor, as PREDICTORS.
     threshold : :py:`Out(signed(score_bits))`
         Active threshold, quarter units.
+    farther : :py:`Out(ArrayLayout(signed(score_bits), look - 1))`
+        Only where ``lookahead`` is more than 1: those of the layers two and more ahead.
     quota : :py:`Out(ArrayLayout(unsigned(quota_bits(config)), num_layers))`
         Active quotas, each at most num_experts; their sum + K is at most num_slots.
     commit_request : :py:`Out(1)`
@@ -294,6 +296,12 @@ class Registers(wiring.Component):
         self.counter_bits = counter_bits
         self.addr_width = addr_width(config)
         score = signed(config.score_bits)
+        resets = thresholds_reset(config)
+        farther = {
+            "farther": Out(
+                data.ArrayLayout(score, max(0, config.look - 1)), init=resets[1 : config.look]
+            )
+        }
         self.behind_axi = config.buffer == "axi"
         place = {
             "place": Out(
@@ -309,7 +317,8 @@ class Registers(wiring.Component):
                 "ordered": Out(1, init=1),
                 "adaptive": Out(1, init=int(config.adaptive)),
                 "kinds": Out(config.depth + 2, init=self.map["PREDICTORS"].reset),
-                "threshold": Out(score, init=threshold_reset(config)),
+                "threshold": Out(score, init=resets[0]),
+                **(farther if config.look > 1 else {}),
                 "quota": Out(
                     data.ArrayLayout(unsigned(quota_bits(config)), config.num_layers),
                     init=[config.quota] * config.num_layers,
@@ -519,7 +528,8 @@ class Registers(wiring.Component):
         # The bus -------------------------------------------------------------------------------
 
         held = Signal()
-        shadow = (*SHADOW, *PLACE) if self.behind_axi else SHADOW
+        farther = FARTHER_THRESHOLDS[: max(0, config.look - 1)]
+        shadow = (*SHADOW, *farther, *(PLACE if self.behind_axi else ()))
         m.d.comb += held.eq(
             writing
             & (
@@ -727,13 +737,16 @@ class Registers(wiring.Component):
 
         # Configuration and interrupt -----------------------------------------------------------
 
-        threshold = shown["THRESHOLD"]
-        sign = threshold[config.score_bits - 1 :]
-        next_threshold = threshold[: config.score_bits].as_signed()
+        def fits(threshold):
+            sign = threshold[config.score_bits - 1 :]
+            return sign.all() | ~sign.any()
+
+        thresholds = [shown[name] for name in ("THRESHOLD", *farther)]
+        next_threshold, *next_farther = (t[: config.score_bits].as_signed() for t in thresholds)
         threshold_differs = Signal()
         m.d.sync += threshold_differs.eq(next_threshold != self.threshold)
         m.d.comb += [
-            threshold_bad.eq(~(sign.all() | ~sign.any())),
+            threshold_bad.eq(~Cat(fits(threshold) for threshold in thresholds).all()),
             self.committed.eq(self.commit_request & self.commit_grant),
             self.threshold_changed.eq(self.committed & threshold_differs),
             self.irq.eq((shown["IRQ_STATUS"] & shown["IRQ_ENABLE"]).any()),
@@ -750,6 +763,7 @@ class Registers(wiring.Component):
                 self.adaptive.eq(shown["CONTROL"][3]),
                 self.kinds.eq(shown["PREDICTORS"]),
                 self.threshold.eq(next_threshold),
+                *(self.farther[n].eq(value) for n, value in enumerate(next_farther)),
                 self.quota.eq(next_quota),
             ]
         if self.behind_axi:

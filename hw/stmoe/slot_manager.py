@@ -114,6 +114,10 @@ class SlotManager(wiring.Component):
         The DMA scheduler's side of :class:`stmoe.dma_scheduler.DmaScheduler`.
     register_request, register_grant, threshold_changed, threshold, quota, adaptive
         From and to the registers; ``threshold`` is the static one.
+    farther, farther_absent, farther_threshold : In, Out, Out
+        Only where ``lookahead`` is more than 1, of the layers after ``select_layer``, nearest
+        first: static thresholds, from the registers; lanes that may be selected, and thresholds, as
+        they were at the latest commit, for the predictor.
     relocates, writer_idle : In
         With a buffer behind AXI: the waiting commit changes where slots lie; no write is owed.
     select_threshold : Out
@@ -136,6 +140,12 @@ class SlotManager(wiring.Component):
         self.behind_axi = c.buffer == "axi"
         writer = {"relocates": In(1), "writer_idle": In(1)}
         folds = {"victim_fold": Out(c.fold_bits), "victim_wait": In(1)} if c.folds > 1 else {}
+        score = signed(c.score_bits)
+        farther = {
+            "farther": In(data.ArrayLayout(score, max(0, c.look - 1))),
+            "farther_absent": Out(data.ArrayLayout(unsigned(experts), max(0, c.look - 1))),
+            "farther_threshold": Out(data.ArrayLayout(score, max(0, c.look - 1))),
+        }
         super().__init__(
             {
                 "token": In(stream.Signature(token_layout(c))),
@@ -175,10 +185,10 @@ class SlotManager(wiring.Component):
                 "register_request": In(1),
                 "register_grant": Out(1),
                 "threshold_changed": In(1),
-                "threshold": In(signed(c.score_bits)),
+                "threshold": In(score),
                 "quota": In(data.ArrayLayout(unsigned(experts.bit_length()), c.num_layers)),
                 "adaptive": In(1),
-                "select_threshold": Out(signed(c.score_bits)),
+                "select_threshold": Out(score),
                 "hold": In(1),
                 "record": Out(record_layout(c)),
                 "selection_record": Out(record_layout(c)),
@@ -187,6 +197,7 @@ class SlotManager(wiring.Component):
                 "initialised": Out(1),
                 "busy": Out(1),
                 **(writer if self.behind_axi else {}),
+                **(farther if c.look > 1 else {}),
             }
         )
 
@@ -576,6 +587,35 @@ class SlotManager(wiring.Component):
             absent_now.eq(Cat(table.row[e] == LaneState.NONE for e in range(experts))),
             self.absent.eq(absent),
         ]
+        # With a lookahead of several layers, all that is selected by is as it was at the commit:
+        # while that goes on, the layers' rows and thresholds are read one after the other.
+        committing = Signal()
+        if c.look > 1:
+            ahead_layer = Signal(c.layer_bits)
+            samples = Signal(range(c.look + 2))
+            floors = Array([self.threshold, *self.farther])
+            nearest = Signal.like(self.threshold)
+            thresholds = [nearest, *self.farther_threshold]
+            before = Mux(committing, ahead_layer, self.select_layer)
+            m.d.comb += [
+                self.select_threshold.eq(nearest),
+                gate.layer.eq(before),
+                gate.floor.eq(floors[Mux(committing, samples, 0)]),
+            ]
+            m.d.sync += ahead_layer.eq(Mux(before == layers - 1, 0, before + 1))
+            with m.If(~committing):
+                m.d.sync += samples.eq(0)
+            with m.Elif(samples != c.look + 1):
+                m.d.sync += samples.eq(samples + 1)
+            for n in range(c.look):
+                if n:
+                    with m.If(committing & (samples == n)):
+                        m.d.sync += self.farther_absent[n - 1].eq(absent_now)
+                with m.If(committing & (samples == n + 1)):
+                    m.d.sync += thresholds[n].eq(gate.threshold)
+                    if n:
+                        with m.If(gate.near):
+                            m.d.sync += self.farther_absent[n - 1].eq(0)
 
         # What the predictor takes goes to it from registers: a token in the cycle after, a route in
         # the cycle in which it is taken here.
@@ -1081,13 +1121,17 @@ class SlotManager(wiring.Component):
                     ]
 
             with m.State("COMMIT-ROW"):
-                m.d.comb += [queue.flush.eq(1), self.absent.eq(absent_now)]
+                m.d.comb += [queue.flush.eq(1), committing.eq(1), self.absent.eq(absent_now)]
                 m.d.sync += absent.eq(absent_now)
+                if c.look > 1:
+                    m.d.comb += row_layer.eq(ahead_layer)
                 m.next = "COMMIT"
                 with m.If(self.commit_done):
                     m.next = "FLUSH"
             with m.State("COMMIT"):
-                m.d.comb += queue.flush.eq(1)
+                m.d.comb += [queue.flush.eq(1), committing.eq(1)]
+                if c.look > 1:
+                    m.d.comb += row_layer.eq(ahead_layer)
                 with m.If(self.commit_done):
                     m.next = "FLUSH"
             with m.State("FLUSH"):
@@ -1176,6 +1220,15 @@ class SlotManager(wiring.Component):
                     starting.eq(1),
                     gate.event.eq(1),
                     gate.idle.eq(idle_link),
+                    *(
+                        [
+                            gate.late.eq(
+                                sum(state == LaneState.LOADING_PREFETCH for state in rank_state)
+                            )
+                        ]
+                        if c.look > 1
+                        else []
+                    ),
                     gate.good.eq(
                         sum(
                             has_state(

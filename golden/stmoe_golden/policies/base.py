@@ -87,6 +87,9 @@ class Policy:
         self.config = config
         self.limit = config.num_select
         """Most experts that are prefetched for one layer."""
+        self.look = 1
+        """Layers that are prefetched for after each event; more only with the engine's own
+        predictor."""
 
     def prepare(self, trace: Trace) -> None:
         """Called once with the whole trace: only for what no real policy can know."""
@@ -94,12 +97,13 @@ class Policy:
     def gate(self) -> GateParams:
         """Which guesses are prefetched: by default those of at least :attr:`threshold`."""
         return GateParams(
-            floor=self.threshold,
+            floors=(self.threshold,) * 4,
             step=0,
             levels=0,
             window=1,
             strict=0,
             lenient=0,
+            late=0,
             patience=1,
             score_max=LARGEST,
         )

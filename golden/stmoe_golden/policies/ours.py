@@ -20,6 +20,7 @@ class Ours(Policy):
 
     def __init__(self, config: EngineConfig):
         super().__init__(config)
+        self.look = config.look
         self.bonus = config.admission_bonus << FRACTION_BITS
 
     def gate(self) -> GateParams:
