@@ -52,8 +52,9 @@ browser: $(READY) ## what tb/test_report.py looks at reports with (Debian's Chro
 	apt-get -qq update && apt-get -qq install -y --no-install-recommends \
 		chromium-headless-shell >/dev/null && command -v chromium-headless-shell
 
-test: $(FPGA) ## run every bench and test: PYTEST_ARGS= SEED=
-	@$(RUN) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+test: $(FPGA) ## run every bench and test: PYTEST_ARGS= SEED=, SLOW=1 the board's bitstream too
+	@$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+		$(if $(filter-out 0,$(SLOW)),,-m 'not slow') $(PYTEST_ARGS)
 
 lint: $(READY) ## ruff, mypy, and Verilator's lint of every preset's Verilog
 	@$(BIN)/ruff check .

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Order of the test files when several cores share them.
+
+A file is one worker's, whole. Those that take minutes begin first, so that none of them is what a
+single core still works on when all else is done.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+LONGEST_FIRST = (
+    "test_slot_manager",
+    "test_engine",
+    "test_predictor",
+    "test_fpga",
+    "test_board",
+    "test_registers",
+    "test_directed",
+    "test_sim",
+    "test_dma_scheduler",
+    "test_axi_cdc",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, all others as they were."""
+    place = {name: n for n, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(Path(item.path).stem, len(place)))
