@@ -20,8 +20,7 @@ from unittest import mock
 
 import numpy as np
 
-from shared_objects import shared_objects
-from simulation import BUILD, OBJECTS, ROOT, find_verilator
+from simulation import BUILD, ROOT, build_model
 from stmoe.harness.buffer_memory import BufferPlace
 from stmoe.harness.content_checker import AddressMap
 from stmoe.harness.harness import MEMORY_INPUTS
@@ -138,19 +137,7 @@ def build_simulation(
     ``engine_factory`` must be a function or a class, found by its name in its file; what it
     closes over is not part of the name.
     """
-    from cocotb_tools.runner import Verilator
-
     from stmoe.harness.sim_top import SimTop
-
-    class FastVerilator(Verilator):
-        """Without ``--public-flat-rw``, which keeps Verilator from removing and merging signals.
-        A control file names the few signals that cocotb needs."""
-
-        def _build_command(self):
-            commands = super()._build_command()
-            if "--public-flat-rw" in commands[0]:
-                commands[0].remove("--public-flat-rw")
-            return commands
 
     args = [*VERILATOR_ARGS, *build_args]
     if waves:
@@ -168,31 +155,12 @@ def build_simulation(
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "built").exists():
-            source = folder / f"{TOP}.v"
-            source.write_text(text)
-            control = folder / "public.vlt"
-            names = "".join(
-                f'public_flat_rw -module "{TOP}" -var "{name}"\n' for name in top.public_names
-            )
-            control.write_text(f"`verilator_config\n{names}")
-            os.environ["PATH"] = f"{find_verilator()}{os.pathsep}{os.environ['PATH']}"
             flags = os.environ.get("MAKEFLAGS", f"-j{os.cpu_count() or 2}")
             if tuple(build_args) == QUICK:
                 flags += " VM_PARALLEL_BUILDS=0"
             try:
-                with (
-                    mock.patch.dict(os.environ, MAKEFLAGS=flags),
-                    shared_objects(folder, find_verilator(), OBJECTS, args, waves),
-                ):
-                    FastVerilator().build(
-                        sources=[control, source],
-                        hdl_toplevel=TOP,
-                        build_dir=folder,
-                        build_args=args,
-                        waves=waves,
-                        always=True,
-                        log_file=folder / "build.log",
-                    )
+                with mock.patch.dict(os.environ, MAKEFLAGS=flags):
+                    build_model(folder, TOP, text, top.public_names, args=args, waves=waves)
             except RuntimeError as error:
                 said = (folder / "build.log").read_text()
                 if waves and ("lz4.h" in said or "zlib.h" in said):

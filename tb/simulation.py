@@ -11,8 +11,10 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,21 +79,56 @@ def unpack(layout: data.StructLayout, value: int) -> dict[str, Any]:
     return result
 
 
+def build_model(
+    folder: Path,
+    top: str,
+    text: str,
+    public: Iterable[str],
+    *,
+    args: Sequence[str],
+    waves: bool,
+) -> None:
+    """Have cocotb's runner make a model of a module in ``folder``; RuntimeError when that fails.
+
+    Of the module's signals only those that are ``public`` can be seen by cocotb. It would make all
+    of all modules public, which keeps Verilator from merging and removing any.
+    """
+    from cocotb_tools.runner import Verilator
+
+    class Runner(Verilator):
+        def _build_command(self):
+            commands = super()._build_command()
+            commands[0].remove("--public-flat-rw")
+            return commands
+
+    source = folder / f"{top}.v"
+    source.write_text(text)
+    control = folder / "public.vlt"
+    names = "".join(f'public_flat_rw -module "{top}" -var "{name}"\n' for name in public)
+    control.write_text(f"`verilator_config\n{names}")
+    os.environ["PATH"] = f"{find_verilator()}{os.pathsep}{os.environ['PATH']}"
+    with shared_objects(folder, find_verilator(), OBJECTS, args, waves):
+        Runner().build(
+            sources=[control, source],
+            hdl_toplevel=top,
+            build_dir=folder,
+            build_args=args,
+            waves=waves,
+            always=True,
+            log_file=folder / "build.log",
+        )
+
+
 def build(component: Elaboratable, name: str, *, waves: bool = False, build_args=()) -> Path:
     """Verilog and Verilator model of ``component`` as module ``name``; returns its folder.
 
     The folder's name holds a hash of the Verilog, so an unchanged design is not built again.
     """
-    from cocotb_tools.runner import get_runner
-
     text = convert(component, name=name, emit_src=False)
     key = hashlib.sha256((text + repr((waves, tuple(build_args)))).encode()).hexdigest()[:12]
     folder = BUILD / "bench" / f"{name}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
-    source = folder / f"{name}.v"
     if not (folder / "built").exists():
-        source.write_text(text)
-        os.environ["PATH"] = f"{find_verilator()}{os.pathsep}{os.environ['PATH']}"
         if shutil.which("ccache"):
             os.environ.setdefault("OBJCACHE", "ccache")
         # Python drives these benches: g++'s time counts more than the model's speed. One file:
@@ -101,16 +138,9 @@ def build(component: Elaboratable, name: str, *, waves: bool = False, build_args
         args = ["-Wno-fatal", "-Wno-WIDTHTRUNC", "-Wno-CASEINCOMPLETE", "-O3", *build_args]
         if waves:
             args += ["--trace-fst"]
-        with shared_objects(folder, find_verilator(), OBJECTS, args, waves):
-            get_runner("verilator").build(
-                sources=[source],
-                hdl_toplevel=name,
-                build_dir=folder,
-                build_args=args,
-                waves=waves,
-                always=True,
-                log_file=folder / "build.log",
-            )
+        ports = re.search(rf"^module {name}\((.*?)\);", text, re.DOTALL | re.MULTILINE)
+        public = ports[1].replace("\n", " ").split(",") if ports else ()
+        build_model(folder, name, text, (port.strip() for port in public), args=args, waves=waves)
         (folder / "built").touch()
     return folder
 

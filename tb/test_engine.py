@@ -57,6 +57,16 @@ CONFIGS = {
         gate_window=4,
         gate_patience=16,
     ),
+    # No prefetch ever starts, and two selections fill the queue.
+    "full_queue": EngineConfig(
+        num_layers=3,
+        num_experts=5,
+        lookahead=2,
+        num_transfers=2,
+        expert_bytes=128,
+        gate_window=4,
+        threshold_2=-87,
+    ),
     # Selects three layers ahead, one of them without a spatial table; and all layers, by folds.
     "ahead": EngineConfig(
         num_layers=5,

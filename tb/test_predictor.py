@@ -59,6 +59,8 @@ CONFIGS = {
         num_layers=3, num_experts=6, top_k=1, lanes=1, quota=1, staging=3, spatial_depth=0,
         weight_bits=4, margin_low=2047, margin_step=0, margin_high=2047, select_max=2,
     ),
+    # Nothing selected ahead, and no spatial table: only the layer's own scores count.
+    "blind": EngineConfig(num_layers=3, num_experts=4, spatial_depth=0, lookahead=0, quota=1),
     # Several layers ahead: fewer spatial tables than that, none, and with folds.
     "ahead": EngineConfig(num_layers=5, num_experts=8, spatial_depth=1, lookahead=3, quota=1),
     "ahead_of_none": EngineConfig(num_layers=3, num_experts=5, spatial_depth=0, lookahead=4),
@@ -285,8 +287,7 @@ class TB:
                 self.requested_at = self.now
             self.requested = True
             assert self.apply is not None, "nothing to commit"
-            if self.config.look:
-                assert self.read("select_layer") == self.select_layer
+            assert self.read("select_layer") == self.select_layer
             if self.wait or self.sweep:
                 self.wait = max(0, self.wait - 1)
             else:

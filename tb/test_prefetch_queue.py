@@ -24,6 +24,7 @@ SHAPES = {
     "one": EngineConfig(select_max=1),
     "odd": EngineConfig(num_layers=5, num_experts=7, top_k=3, quota=3),
     "large": preset("olmoe_1b_7b"),
+    "ahead": EngineConfig(select_max=3, lookahead=3),
 }
 CYCLES = 400
 
@@ -52,6 +53,7 @@ class TB:
     def __init__(self, dut, shape: str) -> None:
         self.dut = dut
         self.config = SHAPES[shape]
+        self.most = self.config.num_select * self.config.look
         self.layout = selection_layout(self.config)
         names = ("i__payload", "i__valid", "i__ready", "o__payload", "o__valid", "o__ready")
         self.port = {n: getattr(dut, f"{shape}__{n}") for n in (*names, "flush", "removed")}
@@ -100,8 +102,8 @@ class TB:
         await ReadOnly()
         entries = len(self.queue)
         taken = self.get("i__ready") and self.offer is not None
-        if entries < self.config.num_select:
-            assert self.get("i__ready"), f"blocked with {entries} of {self.config.num_select}"
+        if entries < self.most:
+            assert self.get("i__ready"), f"blocked with {entries} of {self.most}"
         if flush:
             assert not self.get("o__valid"), "an entry is offered during a flush"
             assert self.get("removed") == (entries > 0), f"removed with {entries} entries"
@@ -121,7 +123,7 @@ class TB:
                     self.seen["taken"] += 1
                 else:
                     self.seen["stalled"] += 1
-        self.seen["full selection"] += entries >= self.config.num_select
+        self.seen["full selection"] += entries >= self.most
         if taken:
             self.queue.append(self.offer)
             self.offer = None

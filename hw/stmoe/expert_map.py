@@ -137,11 +137,15 @@ class ExpertMap(wiring.Component):
             row_read.addr.eq(self.row_layer),
             self.row.eq(row_read.data),
         ]
+        # Whether at all is known late, and far from the lanes: joined behind the registers.
+        written, lanes_written = Signal(), Signal(experts)
         m.d.sync += [
             row_write.addr.eq(self.row_write_layer),
             row_write.data.eq(self.row_write_data),
-            row_write.en.eq(Mux(self.row_write, self.row_write_lanes, 0)),
+            written.eq(self.row_write),
+            lanes_written.eq(self.row_write_lanes),
         ]
+        m.d.comb += row_write.en.eq(Mux(written, lanes_written, 0))
 
         m.submodules.places = places = Memory(
             shape=self.place_layout, depth=1 << len(self.place_read), init=[]

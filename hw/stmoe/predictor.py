@@ -693,7 +693,7 @@ class Predictor(wiring.Component):
                     others_turn.eq(-1),
                     bias_layer.eq(Mux(taken, layer, self.read_index.layer)),
                     *([bias_fold.eq(Mux(taken, 0, read_fold))] if folded else []),
-                    self.select_layer.eq(target[min(1, ahead)]),
+                    self.select_layer.eq(target[1] if ahead else following(layer)),
                     *([distance.eq(0)] if c.look > 1 else []),
                 ]
                 with m.If(taken):

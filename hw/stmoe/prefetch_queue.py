@@ -16,10 +16,10 @@ __all__ = ["PrefetchQueue"]
 
 
 class PrefetchQueue(wiring.Component):
-    """Holds one selection, best first, until its entries start or are replaced.
+    """Holds one selection until its entries start or are replaced.
 
-    With a lookahead of one layer all entries belong to one layer, so first in, first out is
-    nearest layer first and highest score first.
+    The predictor selects for the nearest layer first, and the highest score first: first in, first
+    out keeps that order.
 
     Members
     -------
@@ -39,7 +39,7 @@ class PrefetchQueue(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         m.submodules.queue = queue = HeadQueue(
-            self.i.payload.shape(), depth=max(2, self.config.num_select)
+            self.i.payload.shape(), depth=max(2, self.config.num_select * self.config.look)
         )
         wiring.connect(m, wiring.flipped(self.i), queue.i)
         m.d.comb += [
