@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from fpga.board import Board, board_named
-from fpga.flow import ECP5_OPTIONS, HIDE_FIELDS, NAME, first_error
+from fpga.flow import ABC9_SCRIPT, ECP5_OPTIONS, HIDE_FIELDS, NAME, first_error
 from fpga.tools import Tool, ToolFailed, find, version
 from fpga.use import clocks_of_nextpnr, of_yosys
 from stmoe_golden.config import PRESETS, ConfigError, EngineConfig, preset
@@ -53,7 +53,7 @@ TOLERANCE = 0.1
 """A fresh synthesis may differ from the committed figure by so much."""
 
 SYNTHESIS = {
-    "ecp5": f"synth_ecp5 {ECP5_OPTIONS} -top {NAME} -json {NAME}.json",
+    "ecp5": f"{ABC9_SCRIPT}; synth_ecp5 {ECP5_OPTIONS} -top {NAME} -json {NAME}.json",
     "series7": f"synth_xilinx -flatten -abc9 -arch xc7 -top {NAME}",
 }
 PLACE = ("--85k", "--package", "CABGA381", "--speed", "6", "--out-of-context")

@@ -587,7 +587,7 @@ async def every_decision_is_golden(dut) -> None:
     tb = TB(dut)
     seen = Tally()
     for seed in SEEDS:
-        await tb.reset(seed, routes=150, load=(1, 120))
+        await tb.reset(seed, routes=100, load=(1, 120))
         await tb.run()
         seen += tb.seen
     if len(SEEDS) > 1:
@@ -609,7 +609,7 @@ async def pinned_slot_is_never_a_victim(dut) -> None:
     """Every LOAD_START is held to the pins that this bench counts itself."""
     tb = TB(dut)
     for seed in SEEDS:
-        await tb.reset(seed, routes=80, use=(30, 200), load=(1, 10), errors=0)
+        await tb.reset(seed, routes=40, use=(30, 200), load=(1, 10), errors=0)
         await tb.run()
         assert tb.seen["evicted while others are pinned"] > 10, tb.seen
 
@@ -621,7 +621,7 @@ async def demand_cancels_last_prefetch(dut) -> None:
     made_room = 0
     for seed in SEEDS:
         await tb.reset(
-            seed, routes=60, load=(40, 300), use=(1, 300), sequences=0.1, errors=0, route_rate=0.01
+            seed, routes=40, load=(40, 300), use=(1, 300), sequences=0.1, errors=0, route_rate=0.01
         )
         await tb.run()
         made_room += tb.seen["made room"]
@@ -634,7 +634,7 @@ async def fill_beats_its_cancel(dut) -> None:
     tb = TB(dut)
     outcomes = Tally()
     for seed in SEEDS:
-        await tb.reset(seed, routes=150, errors=0, load=(200, 300), illegal=0)
+        await tb.reset(seed, routes=60, errors=0, load=(200, 300), illegal=0)
         waits: dict[int, int] = {}
 
         def hook(waits=waits) -> None:
@@ -661,6 +661,6 @@ async def lost_slots_are_never_used_again(dut) -> None:
     """The watchdog gave some loads up: their demands get errors, their slots are out of use."""
     tb = TB(dut)
     for seed in SEEDS:
-        await tb.reset(seed, routes=80, timeouts=3)
+        await tb.reset(seed, routes=40, timeouts=3)
         await tb.run()
         assert len(tb.oracle.quarantined) == 3 == tb.seen["WATCHDOG"]

@@ -19,7 +19,9 @@ from cocotb.triggers import RisingEdge, Timer
 from lint_verilog import lint_text
 from simulation import run_bench
 from stmoe import verilog_writer
+from stmoe.top import generate
 from stmoe.verilog_writer import convert
+from stmoe_golden.config import EngineConfig
 
 os.environ.setdefault("AMARANTH_USE_YOSYS", "builtin")
 
@@ -67,6 +69,14 @@ def test_large_memories_of_zeros_are_a_loop_and_lint_clean(small):
     assert text.count(" < 48; ") == 2
     assert text.count("[47] = 64'h000") == 1  # 47 ** 7 is written as it was
     assert lint_text(text, "memories") == ""
+
+
+def test_an_engine_for_256_experts_is_clean():
+    """The shape of DeepSeek-V3: 58 layers of 256 experts, top-8, by eight folds of 32 lanes."""
+    config = EngineConfig(
+        num_layers=58, num_experts=256, top_k=8, lanes=32, quota=16, axi_data_width=256
+    )
+    assert lint_text(generate(config), "stmoe_engine") == ""
 
 
 def test_a_memory_that_cannot_be_found_in_the_verilog_is_an_error():
