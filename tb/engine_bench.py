@@ -69,6 +69,7 @@ class ObservedTop(wiring.Component):
     """
 
     def __init__(self, config: EngineConfig) -> None:
+        self.config = config
         self.top = EngineTop(config)
         count = len(WATCHED)
         more = dict.fromkeys(("took", "waits", "unstable"), Out(count))

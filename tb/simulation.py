@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -124,6 +125,14 @@ def build(component: Elaboratable, name: str, *, waves: bool = False, build_args
 
     The folder's name holds a hash of the Verilog, so an unchanged design is not built again.
     """
+    made_of = None
+    parameters = set(inspect.signature(type(component)).parameters)
+    if not parameters or (parameters == {"config"} and hasattr(component, "config")):
+        # Nothing else distinguishes it: elaborated once in a process, which takes seconds.
+        config = getattr(component, "config", None)
+        made_of = (type(component), config, name, waves, tuple(build_args))
+        if made_of in _BUILT:
+            return _BUILT[made_of]
     text = convert(component, name=name, emit_src=False)
     key = hashlib.sha256((text + repr((waves, tuple(build_args)))).encode()).hexdigest()[:12]
     folder = BUILD / "bench" / f"{name}-{key}"
@@ -142,7 +151,13 @@ def build(component: Elaboratable, name: str, *, waves: bool = False, build_args
         public = ports[1].replace("\n", " ").split(",") if ports else ()
         build_model(folder, name, text, (port.strip() for port in public), args=args, waves=waves)
         (folder / "built").touch()
+    if made_of is not None:
+        _BUILT[made_of] = folder
     return folder
+
+
+_BUILT: dict[tuple[object, ...], Path] = {}
+"""Folders of the models that this process has used."""
 
 
 def run_bench(

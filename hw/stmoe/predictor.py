@@ -179,9 +179,9 @@ class Predictor(wiring.Component):
     LUT RAM. The scores of a route's layer are graded first, a fold a cycle, in the F cycles from
     the one in which it was taken on, and two cycles later than otherwise the pass begins. A route
     asks for the commit F * T + 2 + max(1, 4 - F, 6 - (A + 1) * F) cycles after it was taken
-    (without ``4 - F`` where D = 0). The commit takes n * F + 4 cycles, n being A + 1 for a route,
-    L for a new sequence and max(1, lookahead) for another token. The selector has its first fold 5 cycles after
-    the grant; how long it takes depends on the scores.
+    (without ``4 - F`` where D = 0). The commit takes n * F + 4 cycles, n being A + 1 for a route, L
+    for a new sequence and max(1, lookahead) for another token. The selector has its first fold 5
+    cycles after the grant; how long it takes depends on the scores.
 
     ``learning``, ``ordered`` and ``kinds`` are sampled when a route or token is taken;
     ``threshold``, ``prefetching`` and ``absent`` three cycles after ``commit_grant`` (five for a
