@@ -84,15 +84,16 @@ def build_model(
     folder: Path,
     top: str,
     text: str,
-    public: Iterable[str],
+    public: Iterable[str | tuple[str, str]],
     *,
     args: Sequence[str],
     waves: bool,
 ) -> None:
     """Have cocotb's runner make a model of a module in ``folder``; RuntimeError when that fails.
 
-    Of the module's signals only those that are ``public`` can be seen by cocotb. It would make all
-    of all modules public, which keeps Verilator from merging and removing any.
+    Of the module's signals only those that are ``public`` can be seen by cocotb; a tuple names one
+    of another module, ``*`` in its name is anything. Cocotb would make all signals public, which
+    keeps Verilator from merging and removing any.
     """
     from cocotb_tools.runner import Verilator
 
@@ -105,8 +106,9 @@ def build_model(
     source = folder / f"{top}.v"
     source.write_text(text)
     control = folder / "public.vlt"
-    names = "".join(f'public_flat_rw -module "{top}" -var "{name}"\n' for name in public)
-    control.write_text(f"`verilator_config\n{names}")
+    names = [item if isinstance(item, tuple) else (top, item) for item in public]
+    lines = "".join(f'public_flat_rw -module "{module}" -var "{name}"\n' for module, name in names)
+    control.write_text(f"`verilator_config\n{lines}")
     os.environ["PATH"] = f"{find_verilator()}{os.pathsep}{os.environ['PATH']}"
     with shared_objects(folder, find_verilator(), OBJECTS, args, waves):
         Runner().build(
@@ -120,8 +122,17 @@ def build_model(
         )
 
 
-def build(component: Elaboratable, name: str, *, waves: bool = False, build_args=()) -> Path:
+def build(
+    component: Elaboratable,
+    name: str,
+    *,
+    waves: bool = False,
+    build_args: Sequence[str] = (),
+    public: Sequence[tuple[str, str]] = (),
+) -> Path:
     """Verilog and Verilator model of ``component`` as module ``name``; returns its folder.
+
+    Besides the ports the bench may see signals that are ``public``, as in :func:`build_model`.
 
     The folder's name holds a hash of the Verilog, so an unchanged design is not built again.
     """
@@ -130,11 +141,12 @@ def build(component: Elaboratable, name: str, *, waves: bool = False, build_args
     if not parameters or (parameters == {"config"} and hasattr(component, "config")):
         # Nothing else distinguishes it: elaborated once in a process, which takes seconds.
         config = getattr(component, "config", None)
-        made_of = (type(component), config, name, waves, tuple(build_args))
+        made_of = (type(component), config, name, waves, tuple(build_args), tuple(public))
         if made_of in _BUILT:
             return _BUILT[made_of]
     text = convert(component, name=name, emit_src=False)
-    key = hashlib.sha256((text + repr((waves, tuple(build_args)))).encode()).hexdigest()[:12]
+    options = (waves, tuple(build_args), tuple(public))
+    key = hashlib.sha256((text + repr(options)).encode()).hexdigest()[:12]
     folder = BUILD / "bench" / f"{name}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "built").exists():
@@ -147,9 +159,9 @@ def build(component: Elaboratable, name: str, *, waves: bool = False, build_args
         args = ["-Wno-fatal", "-Wno-WIDTHTRUNC", "-Wno-CASEINCOMPLETE", "-O3", *build_args]
         if waves:
             args += ["--trace-fst"]
-        ports = re.search(rf"^module {name}\((.*?)\);", text, re.DOTALL | re.MULTILINE)
-        public = ports[1].replace("\n", " ").split(",") if ports else ()
-        build_model(folder, name, text, (port.strip() for port in public), args=args, waves=waves)
+        found = re.search(rf"^module {name}\((.*?)\);", text, re.DOTALL | re.MULTILINE)
+        ports = [port.strip() for port in found[1].split(",")] if found else []
+        build_model(folder, name, text, [*ports, *public], args=args, waves=waves)
         (folder / "built").touch()
     if made_of is not None:
         _BUILT[made_of] = folder
@@ -171,6 +183,7 @@ def run_bench(
     waves: bool = False,
     build_args=(),
     plusargs=(),
+    public=(),
 ) -> None:
     """Build ``component`` and run the cocotb tests of ``module`` on it; any failure raises.
 
@@ -179,7 +192,7 @@ def run_bench(
     from cocotb_tools.check_results import get_results
     from cocotb_tools.runner import get_runner
 
-    folder = build(component, name, waves=waves, build_args=build_args)
+    folder = build(component, name, waves=waves, build_args=build_args, public=public)
     os.environ["PATH"] = f"{find_verilator()}{os.pathsep}{os.environ['PATH']}"
     extra = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (env or {}).items()}
     paths = [str(ROOT / "tb"), str(ROOT / "hw"), str(ROOT / "golden")]

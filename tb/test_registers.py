@@ -91,6 +91,7 @@ def test_registers_follow_the_map(name: str) -> None:
         f"registers_{name}",
         Path(__file__).stem,
         env={"CONFIG": name, "SEEDS": json.dumps(seeds())},
+        public=[("*registers", "cycle")],
     )
 
 
