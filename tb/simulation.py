@@ -160,7 +160,8 @@ def build(
         if waves:
             args += ["--trace-fst"]
         found = re.search(rf"^module {name}\((.*?)\);", text, re.DOTALL | re.MULTILINE)
-        ports = [port.strip() for port in found[1].split(",")] if found else []
+        # A name that is a word of Verilog's has a backslash in front there.
+        ports = [port.strip(" \\\n") for port in found[1].split(",")] if found else []
         build_model(folder, name, text, [*ports, *public], args=args, waves=waves)
         (folder / "built").touch()
     if made_of is not None:
