@@ -586,7 +586,7 @@ class EngineBench:
         writes.append(("PREDICTORS", predictors))
         writes += [("QUOTA", layer, value) for layer, value in enumerate(quota)]
         if farther is None:
-            farther = tuple(t << FRACTION_BITS for t in config.thresholds[1 : config.look])
+            farther = config.floors[1 : config.look]
         writes += [(f"THRESHOLD_{2 + n}", value) for n, value in enumerate(farther)]
         base, stride = place or self.places[-1]
         if self.behind_axi:

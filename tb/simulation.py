@@ -109,8 +109,9 @@ def build_model(
     names = [item if isinstance(item, tuple) else (top, item) for item in public]
     lines = "".join(f'public_flat_rw -module "{module}" -var "{name}"\n' for module, name in names)
     control.write_text(f"`verilator_config\n{lines}")
-    os.environ["PATH"] = f"{find_verilator()}{os.pathsep}{os.environ['PATH']}"
-    with shared_objects(folder, find_verilator(), OBJECTS, args, waves):
+    verilator = find_verilator()
+    os.environ["PATH"] = f"{verilator}{os.pathsep}{os.environ['PATH']}"
+    with shared_objects(folder, verilator, OBJECTS, args, waves):
         Runner().build(
             sources=[control, source],
             hdl_toplevel=top,

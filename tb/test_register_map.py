@@ -25,7 +25,6 @@ from stmoe.register_map import (
     markdown,
     quota_bits,
     registers,
-    thresholds_reset,
 )
 from stmoe_golden.config import PRESETS, EngineConfig, preset
 
@@ -136,7 +135,7 @@ def test_reset_values_come_from_the_configuration(config: EngineConfig) -> None:
     assert reset["CONTROL"] == 7 | config.adaptive << 3
     assert reset["QUOTA"] == config.quota < 1 << quota_bits(config)
     assert reset["THRESHOLD"] == 4 * config.threshold % (1 << 32)
-    assert thresholds_reset(config) == tuple(4 * t for t in config.thresholds)
+    assert config.floors == tuple(4 * t for t in config.thresholds)
 
 
 def test_counters_are_in_the_documented_order() -> None:

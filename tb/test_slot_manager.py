@@ -40,7 +40,7 @@ from stmoe.register_map import COUNTERS
 from stmoe.slot_manager import SlotManager, record_layout
 from stmoe_golden.buffer import Lane
 from stmoe_golden.checker import Checker, Kind, Record, Settings
-from stmoe_golden.config import FRACTION_BITS, USE_BITS, EngineConfig
+from stmoe_golden.config import USE_BITS, EngineConfig
 
 CONFIGS = {
     # Few slots: pinned, loading and draining ones fill the buffer again and again.
@@ -186,14 +186,13 @@ class Rows:
 
     def token(self, new_sequence: bool) -> None:
         self.change()
-        self.asked.clear()
 
     def route(self, layer: int, experts) -> None:
         self.change()
-        self.asked.clear()
 
     def change(self) -> None:
         rng, state = self.rng, self.state
+        self.asked.clear()
         limit = rng.choice((4, 200, 1 << (CONFIG.score_bits - 1)))
         for layer in range(CONFIG.num_layers):
             for e in range(CONFIG.num_experts):
@@ -247,7 +246,7 @@ class TB:
         for name in names:
             self.set(name, 0)
         self.set("adaptive", 1)
-        floors = [t << FRACTION_BITS for t in CONFIG.thresholds]
+        floors = CONFIG.floors
         mask = (1 << CONFIG.score_bits) - 1
         self.set("threshold", floors[0] & mask)
         if CONFIG.look > 1:

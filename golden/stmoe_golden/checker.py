@@ -20,7 +20,6 @@ import numpy as np
 
 from .buffer import Lane, admits, new_buffer, victim
 from .confidence import (
-    floors_of,
     gate_params,
     new_gate,
     note_bad,
@@ -98,20 +97,16 @@ class Settings:
     """Thresholds of the layers two, three and four ahead, quarter units, as many as the engine
     looks ahead or more; None: as the configuration has them."""
 
-    def floors(self, config: EngineConfig) -> tuple[int, int, int, int]:
+    def floors(self, config: EngineConfig) -> tuple[int, ...]:
         """The static thresholds, by distance."""
         farther = self.farther or ()
-        one, two, three, four = (
-            self.threshold,
-            *farther,
-            *floors_of(config)[1 + len(farther) :],
-        )
-        return one, two, three, four
+        return (self.threshold, *farther, *config.floors[1 + len(farther) :])
 
     def refusal(self, config: EngineConfig) -> str | None:
         """Why the engine refuses to commit these; None when it takes them."""
         limit = 1 << (config.score_bits - 1)
-        for name, threshold in zip(THRESHOLDS, self.floors(config), strict=True):
+        used = self.floors(config)[: max(1, config.look)]
+        for name, threshold in zip(THRESHOLDS, used, strict=False):
             if not -limit <= threshold < limit:
                 return f"{name} must be {-limit} to {limit - 1} quarters, not {threshold}"
         if len(self.quota) != config.num_layers:
@@ -328,7 +323,7 @@ class Checker:
         self.checked = 0
         self.quiet_limit = 96 + 16 * config.num_layers + 2 * config.num_experts
         # Between two operations one selection follows the other.
-        self.quiet_limit += 4 * config.num_select * max(0, config.look - 1)
+        self.quiet_limit += 4 * config.num_select * config.num_farther
         self.mirror = np.zeros_like(self.buffer.lane)
         self.handlers = {kind: getattr(self, f"_{kind.name.lower()}") for kind in Kind}
 

@@ -36,7 +36,6 @@ from .config import FRACTION_BITS, EngineConfig
 __all__ = [
     "GateParams",
     "GateState",
-    "floors_of",
     "gate_params",
     "new_gate",
     "note_bad",
@@ -51,7 +50,7 @@ kernel = njit(cache=True)
 class GateParams(NamedTuple):
     """How thresholds move; quarter units."""
 
-    floors: tuple[int, int, int, int]
+    floors: tuple[int, ...]
     """Static thresholds, those of level 0: of a layer that is one ahead, two, three, four."""
     step: int
     levels: int
@@ -85,18 +84,12 @@ class GateState(NamedTuple):
     """1: nothing is prefetched before the layer is the next one."""
 
 
-def floors_of(config: EngineConfig) -> tuple[int, int, int, int]:
-    """A configuration's static thresholds in quarter units."""
-    one, two, three, four = (threshold << FRACTION_BITS for threshold in config.thresholds)
-    return one, two, three, four
-
-
 def gate_params(config: EngineConfig, *, adaptive: bool | None = None) -> GateParams:
     """Parameters of a configuration; ``adaptive`` in place of the configuration's."""
     if adaptive is None:
         adaptive = config.adaptive
     return GateParams(
-        floors=floors_of(config),
+        floors=config.floors,
         step=config.gate_step << FRACTION_BITS,
         levels=config.gate_levels if adaptive else 0,
         window=config.gate_window,

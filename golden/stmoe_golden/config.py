@@ -224,6 +224,16 @@ class EngineConfig:
         return tuple(getattr(self, name) for name in THRESHOLDS)
 
     @property
+    def floors(self) -> tuple[int, ...]:
+        """The same in quarter units."""
+        return tuple(threshold << FRACTION_BITS for threshold in self.thresholds)
+
+    @property
+    def num_farther(self) -> int:
+        """Layers that are selected for after the next one."""
+        return max(0, self.look - 1)
+
+    @property
     def num_lanes(self) -> int:
         """Experts of a layer that the predictor's datapath works on at once."""
         return self.lanes or self.num_experts

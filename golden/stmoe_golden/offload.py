@@ -234,8 +234,7 @@ class ExpertOffload:
         for distance in range(1, config.look + 1):
             layer = (self._latest + distance) % config.num_layers
             allowed = self._buffer.lane[layer] == int(Lane.NONE)
-            threshold = config.thresholds[distance - 1] << FRACTION_BITS
-            picks = self._predictor.select(layer, allowed, threshold)
+            picks = self._predictor.select(layer, allowed, config.floors[distance - 1])
             for expert in picks:
                 if len(self._loading) >= config.prefetch_slots:
                     break

@@ -236,8 +236,8 @@ class Predictor(wiring.Component):
         self.config = c = config
         score = signed(c.score_bits)
         farther = {
-            "farther_absent": In(data.ArrayLayout(unsigned(c.num_experts), max(0, c.look - 1))),
-            "farther_threshold": In(data.ArrayLayout(score, max(0, c.look - 1))),
+            "farther_absent": In(data.ArrayLayout(unsigned(c.num_experts), c.num_farther)),
+            "farther_threshold": In(data.ArrayLayout(score, c.num_farther)),
         }
         super().__init__(
             {

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stmoe_golden.config import (
-    FRACTION_BITS,
     NUM_SEGMENTS,
     PAGE_BYTES,
     PRESETS,
@@ -41,7 +40,6 @@ __all__ = [
     "markdown",
     "quota_bits",
     "registers",
-    "thresholds_reset",
 ]
 
 IDENTITY = int.from_bytes(b"STMO", "big")
@@ -246,11 +244,6 @@ FARTHER_THRESHOLDS = ("THRESHOLD_2", "THRESHOLD_3", "THRESHOLD_4")
 """Registers of the thresholds of the layers two, three and four ahead."""
 
 
-def thresholds_reset(config: EngineConfig) -> tuple[int, ...]:
-    """Thresholds after reset by distance, in quarter units, signed; four of them."""
-    return tuple(threshold << FRACTION_BITS for threshold in config.thresholds)
-
-
 def registers(config: EngineConfig) -> tuple[Register, ...]:
     """Every register of an engine, in the order of their offsets."""
     ro, rw, wo, w1c, w1 = Access.RO, Access.RW, Access.WO, Access.W1C, Access.W1
@@ -379,7 +372,7 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
             "THRESHOLD",
             0x028,
             rw,
-            thresholds_reset(config)[0] & 0xFFFF_FFFF,
+            config.floors[0] & 0xFFFF_FFFF,
             (
                 Field(
                     "threshold",
@@ -531,7 +524,7 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
                 name,
                 0x050 + 4 * n,
                 rw,
-                thresholds_reset(config)[1 + n] & 0xFFFF_FFFF,
+                config.floors[1 + n] & 0xFFFF_FFFF,
                 (
                     Field(
                         "threshold",
@@ -544,7 +537,7 @@ def registers(config: EngineConfig) -> tuple[Register, ...]:
                 "Confidence threshold of a farther layer (shadow: takes effect at a commit); only "
                 f"where the lookahead is {2 + n} or more.",
             )
-            for n, name in enumerate(FARTHER_THRESHOLDS[: max(0, config.look - 1)])
+            for n, name in enumerate(FARTHER_THRESHOLDS[: config.num_farther])
         ),
         *(_place_registers(config) if config.buffer == "axi" else ()),
         Register(

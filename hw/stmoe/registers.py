@@ -27,7 +27,6 @@ from .register_map import (
     addr_width,
     quota_bits,
     registers,
-    thresholds_reset,
 )
 from .table_reader import table_index_layout
 
@@ -296,10 +295,9 @@ class Registers(wiring.Component):
         self.counter_bits = counter_bits
         self.addr_width = addr_width(config)
         score = signed(config.score_bits)
-        resets = thresholds_reset(config)
         farther = {
             "farther": Out(
-                data.ArrayLayout(score, max(0, config.look - 1)), init=resets[1 : config.look]
+                data.ArrayLayout(score, config.num_farther), init=config.floors[1 : config.look]
             )
         }
         self.behind_axi = config.buffer == "axi"
@@ -317,7 +315,7 @@ class Registers(wiring.Component):
                 "ordered": Out(1, init=1),
                 "adaptive": Out(1, init=int(config.adaptive)),
                 "kinds": Out(config.depth + 2, init=self.map["PREDICTORS"].reset),
-                "threshold": Out(score, init=resets[0]),
+                "threshold": Out(score, init=config.floors[0]),
                 **(farther if config.look > 1 else {}),
                 "quota": Out(
                     data.ArrayLayout(unsigned(quota_bits(config)), config.num_layers),
@@ -528,7 +526,7 @@ class Registers(wiring.Component):
         # The bus -------------------------------------------------------------------------------
 
         held = Signal()
-        farther = FARTHER_THRESHOLDS[: max(0, config.look - 1)]
+        farther = FARTHER_THRESHOLDS[: config.num_farther]
         shadow = (*SHADOW, *farther, *(PLACE if self.behind_axi else ()))
         m.d.comb += held.eq(
             writing

@@ -142,9 +142,9 @@ class SlotManager(wiring.Component):
         folds = {"victim_fold": Out(c.fold_bits), "victim_wait": In(1)} if c.folds > 1 else {}
         score = signed(c.score_bits)
         farther = {
-            "farther": In(data.ArrayLayout(score, max(0, c.look - 1))),
-            "farther_absent": Out(data.ArrayLayout(unsigned(experts), max(0, c.look - 1))),
-            "farther_threshold": Out(data.ArrayLayout(score, max(0, c.look - 1))),
+            "farther": In(data.ArrayLayout(score, c.num_farther)),
+            "farther_absent": Out(data.ArrayLayout(unsigned(experts), c.num_farther)),
+            "farther_threshold": Out(data.ArrayLayout(score, c.num_farther)),
         }
         super().__init__(
             {
@@ -1216,19 +1216,14 @@ class SlotManager(wiring.Component):
                 first_missing = event_experts[pending_rank]
                 m.d.sync += op_expert.eq(first_missing)
                 start_now = Signal()
+                if c.look > 1:
+                    m.d.comb += gate.late.eq(
+                        sum(state == LaneState.LOADING_PREFETCH for state in rank_state)
+                    )
                 m.d.comb += [
                     starting.eq(1),
                     gate.event.eq(1),
                     gate.idle.eq(idle_link),
-                    *(
-                        [
-                            gate.late.eq(
-                                sum(state == LaneState.LOADING_PREFETCH for state in rank_state)
-                            )
-                        ]
-                        if c.look > 1
-                        else []
-                    ),
                     gate.good.eq(
                         sum(
                             has_state(
