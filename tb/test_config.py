@@ -23,6 +23,12 @@ NAMES = sorted(f.name for f in dataclasses.fields(EngineConfig))
         ({"weight_bits": "8"}, "weight_bits must be an integer, not '8'"),
         ({"top_k": True}, "top_k must be an integer, not True"),
         ({"threshold": -8193}, "threshold must be -8192 to 8191, not -8193"),
+        # No score reaches it; where nothing is selected so far ahead it does not matter.
+        (
+            {"threshold_2": 8000, "lookahead": 2},
+            "threshold_2 must be -4096 to 4095 units where a score has 15 bits, not 8000",
+        ),
+        ({"threshold_2": 8000, "lookahead": 1}, None),
         ({"event_port": 1}, "event_port must be true or false, not 1"),
         ({"top_k": 9}, "top_k must be at most num_experts (8), not 9"),
         ({"axi_data_width": 96}, "axi_data_width must be 32, 64, 128, 256 or 512, not 96"),
