@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from bench_compare import shuffled
@@ -19,6 +20,7 @@ from stmoe_golden.energy import energy_table, table_bits
 from stmoe_golden.policies.registry import POLICIES
 from stmoe_golden.synthetic import markov_trace
 from stmoe_golden.systems import EXPERT_SHAPES, SYSTEMS, expert_bytes_of
+from stmoe_golden.timing import TimingError, TimingStopped, simulate
 from stmoe_golden.traces import Trace, config_for, load_trace, save_trace
 
 CONTRACT = [
@@ -336,3 +338,34 @@ def test_table_and_systems_are_for_people(call, small):
     assert status == 0 and re.search(r"^ours +[\d.]+", out, re.M) and "best of three forms" in out
     status, out, _ = call("--list-systems")
     assert status == 0 and all(name in out for name in SYSTEMS)
+
+
+def test_policies_timed_at_once_are_the_same(in_repo):
+    config = config_for(in_repo)
+    one = compare(in_repo, config, load_ratio=2, occupancy=True)
+    two = compare(in_repo, config, load_ratio=2, occupancy=True, threads=4)
+    assert one.to_json() == two.to_json()
+    for a, b in zip(one.rows, two.rows, strict=True):
+        assert np.array_equal(a.result.latency, b.result.latency), a.policy
+        assert np.array_equal(a.result.occupancy, b.result.occupancy), a.policy
+
+
+def test_a_failure_stops_what_is_timed_beside_it(in_repo, monkeypatch):
+    stopped = []
+
+    def endless(trace, config, machine, policy, **options):
+        if policy.name.startswith("lru"):
+            return simulate(trace, config, machine, policy, **options)
+        if policy.name == "on_demand":
+            raise TimingError("broken")
+        try:
+            while True:
+                simulate(trace, config, machine, policy, **options)
+        except TimingStopped:
+            stopped.append(policy.name)
+            raise
+
+    monkeypatch.setattr("stmoe_golden.compare.simulate", endless)
+    with pytest.raises(TimingError, match="broken"):
+        compare(in_repo, config_for(in_repo), policies=["ours", "on_demand"], threads=2)
+    assert stopped == ["ours"]

@@ -196,8 +196,9 @@ class TB:
             for name in VictimChooser(self.config).signature.members
         }
         self.memory: dict[str, list[int]] | None = None
-        self.addresses = (0, 0)  # row_layer one cycle before, score_layer two cycles before
-        self.score_address = 0  # score_layer one cycle before; with its fold, as the one before
+        # Of the score_layer two cycles before: the layer, and the row of the score memory.
+        self.addresses = (0, 0)
+        self.row_address = self.score_address = 0  # the same of one cycle before
         self.waits = 0
         self.shown = (-1, -1)  # rows on the data inputs
         self.answer: dict[str, int] = {}  # while done
@@ -222,10 +223,10 @@ class TB:
                 self.port[name].value = rows[self.addresses[name != "row"]]
             self.shown = self.addresses
         await ReadOnly()
-        self.addresses = (self.get("row_layer"), self.score_address)
+        self.addresses = (self.row_address, self.score_address)
         layer, folds = self.get("score_layer"), self.config.folds
-        for address in (self.addresses[0], layer):
-            assert address < self.config.num_layers, f"layer {address} does not exist"
+        assert layer < self.config.num_layers, f"layer {layer} does not exist"
+        self.row_address = layer
         # One fold more is asked for than there are, and not looked at.
         fold = self.get("score_fold") % folds if folds > 1 else 0
         self.score_address = layer * folds + fold

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,7 +25,9 @@ from .systems import SYSTEMS, expert_bytes_of, load_ratio_of, machine_for_system
 from .timing import TimedResult, simulate
 from .traces import Trace
 
-__all__ = ["Comparison", "Row", "compare"]
+__all__ = ["Comparison", "Row", "available_cores", "compare"]
+
+Timed = TypeVar("Timed")
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,13 @@ class Comparison:
         return "\n".join(lines) + "\n"
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def compare(
     trace: Trace,
     config: EngineConfig,
@@ -162,6 +174,7 @@ def compare(
     occupancy: bool = False,
     timeline: int = 0,
     progress: Callable[[str], None] | None = None,
+    threads: int = 1,
 ) -> Comparison:
     """Time policies on a trace.
 
@@ -184,7 +197,9 @@ def compare(
     occupancy, timeline
         As in :func:`stmoe_golden.timing.simulate`.
     progress : callable, optional
-        Told the name of each policy before it is timed.
+        Told the name of each policy before it is timed, from any thread.
+    threads : int
+        So many of this library's policies are timed at once; a user's own are timed one by one.
 
     Raises
     ------
@@ -210,38 +225,49 @@ def compare(
     tier = SYSTEMS[system].tier if system is not None else "dram"
     tell = progress or (lambda name: None)
 
-    # The best LRU is every other policy's yardstick.
-    forms = []
-    for form in LRU_FORMS:
-        tell(form.name)
-        forms.append(
-            simulate(trace, config, machine, form(config), occupancy=occupancy, timeline=timeline)
+    def time_policy(
+        policy: Policy, stop: threading.Event | None, misses: np.ndarray | None = None
+    ) -> TimedResult:
+        tell(policy.name)
+        return simulate(
+            trace,
+            config,
+            machine,
+            policy,
+            lru_misses=misses,
+            occupancy=occupancy,
+            timeline=timeline,
+            stop=stop,
         )
+
+    # The best LRU is every other policy's yardstick.
+    forms = _at_once(lambda form, stop: time_policy(form(config), stop), LRU_FORMS, threads)
     best = min(forms, key=lambda result: result.cycles)
+
+    def time_class(
+        cls: type[Policy], stop: threading.Event | None = None
+    ) -> tuple[TimedResult, str | None]:
+        policy = cls(config)
+        return time_policy(policy, stop, best.misses), policy.note(trace)
+
+    others = [cls for name, cls in POLICIES.items() if name != "lru"]
+    built_in = [cls for cls in dict.fromkeys(classes) if cls in others]
+    timed = dict(zip(built_in, _at_once(time_class, built_in, threads), strict=True))
     rows = []
     for cls in classes:
-        note = None
+        note: str | None
         if cls is POLICIES["lru"]:
             times = ", ".join(f"{result.policy} {result.time:.4f}" for result in forms)
             note = f"the best of three forms, {best.policy} ({times})"
             result = replace(best, per_layer=_own_misses(best))
+        elif cls in timed:
+            result, note = timed[cls]
         else:
-            tell(cls.name)
             try:
-                policy = cls(config)
-                result = simulate(
-                    trace,
-                    config,
-                    machine,
-                    policy,
-                    lru_misses=best.misses,
-                    occupancy=occupancy,
-                    timeline=timeline,
-                )
-                note = policy.note(trace)
+                result, note = time_class(cls)
+            except (TimingError, MemoryError):
+                raise
             except Exception as error:
-                if cls in POLICIES.values() or isinstance(error, TimingError | MemoryError):
-                    raise
                 # Whatever a user's own policy raises; its ValueErrors are about its answers.
                 kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
                 raise PolicyError(f"policy {cls.name}: {kind}{error}") from None
@@ -271,6 +297,27 @@ def compare(
         rows=rows,
         guardrails=guardrails(trace, config, machine, best),
     )
+
+
+def _at_once(
+    call: Callable[[type[Policy], threading.Event | None], Timed],
+    classes: Sequence[type[Policy]],
+    threads: int,
+) -> list[Timed]:
+    """``call`` of each class, so many at once; an error or an interrupt stops all of them."""
+    if threads <= 1 or len(classes) <= 1:
+        return [call(cls, None) for cls in classes]
+    stop = threading.Event()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            futures = [pool.submit(call, cls, stop) for cls in classes]
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()
+            return [future.result() for future in futures]
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _own_misses(result: TimedResult) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ happens in the order of time without an event queue.
 
 from __future__ import annotations
 
+import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -60,11 +61,17 @@ __all__ = [
     "Machine",
     "TimedResult",
     "TimingError",
+    "TimingStopped",
     "engine_cycles",
     "machine_for_harness",
     "machine_for_ratio",
     "simulate",
 ]
+
+
+class TimingStopped(Exception):
+    """:func:`simulate` was told to stop."""
+
 
 CHUNK = 256
 """Tokens per call of the compiled loop: between two calls an interrupt is seen."""
@@ -701,7 +708,7 @@ def _compiled(source: int) -> Callable[..., None]:
     the checksum of the files of the golden decisions, makes a change there recompile it.
     """
 
-    @kernel
+    @njit(cache=True, nogil=True)  # several policies are timed at once
     def run(
         m,
         q,
@@ -949,6 +956,7 @@ def simulate(
     occupancy: bool = False,
     timeline: int = 0,
     warm_up: int | None = None,
+    stop: threading.Event | None = None,
 ) -> TimedResult:
     """Time a policy on a trace: the first half of the tokens warms up, the second is measured.
 
@@ -967,6 +975,8 @@ def simulate(
         Record so many spans of the timeline.
     warm_up : int, optional
         Tokens that are not measured, where it is not the first half.
+    stop : threading.Event, optional
+        Once it is set, :class:`TimingStopped` is raised: how another thread is interrupted.
     """
     check_shape(trace, config)
     if machine.slots < config.top_k:
@@ -989,15 +999,17 @@ def simulate(
     occupied = np.zeros((tokens if occupancy else 0, 3), np.int32)
 
     _warm_up_plan(policy, trace)
-    began = time.process_time()
+    began = time.thread_time()
     policy.prepare(trace)
     begin_cycle = 0
-    for half, (start, stop) in enumerate(((0, warm), (warm, tokens))):
+    for half, (start, end) in enumerate(((0, warm), (warm, tokens))):
         if half:
             begin_cycle = int(run.c[NOW])
             run.counts[:] = 0
-        for first in range(start, stop, CHUNK):
-            last = min(first + CHUNK, stop)
+        for first in range(start, end, CHUNK):
+            if stop is not None and stop.is_set():
+                raise TimingStopped(policy.name)
+            last = min(first + CHUNK, end)
             plan = policy.plan(trace, first, last, starts, bool(half)) or NO_PLAN
             _RUN(
                 machine,
@@ -1017,7 +1029,7 @@ def simulate(
                 latency[first:last],
                 occupied[first:last],
             )
-    seconds = time.process_time() - began
+    seconds = time.thread_time() - began
     counts = {name: run.counts[:, i].copy() for i, name in enumerate(COUNTS)}
     counts["hidden_cycles"] = np.maximum(counts["link_cycles"] - counts["stall_cycles"], 0)
     measured = tokens - warm

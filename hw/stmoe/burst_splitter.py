@@ -58,8 +58,11 @@ class BurstSplitter(wiring.Component):
     start, start_transfer, start_layer, start_expert : :py:`In`
         One cycle: this transfer is a new load of this expert. ``start_layer`` was the same in
         the cycle before, whether anything was started in it or not.
+    start_offered : :py:`In(1)`
+        High with every ``start``, and in few other cycles: it is known earlier. Where no ``start``
+        follows, a load that is worked on begins its step anew.
     start_next : :py:`In(1)`
-        With ``start``: it is the one that will be wanted in the next cycle.
+        If it is started, it is the one that will be wanted in the next cycle.
     start_empty : :py:`Out(1)`
         A register's output: the ``start_layer`` of the cycle before has no beats.
     start_bank : :py:`Out(1)`
@@ -88,6 +91,7 @@ class BurstSplitter(wiring.Component):
             {
                 "segment_write": In(stream.Signature(segment_write_layout(config))),
                 "start": In(1),
+                "start_offered": In(1),
                 "start_transfer": In(transfer),
                 "start_layer": In(config.layer_bits),
                 "start_expert": In(config.expert_bits),
@@ -214,7 +218,7 @@ class BurstSplitter(wiring.Component):
         bypass = Signal()
         m.d.comb += [
             switch.eq(~working | ~self.wanted_valid | (current != self.wanted)),
-            bypass.eq(self.start & self.start_next & ~look_up & ~(present & self.room)),
+            bypass.eq(self.start_offered & self.start_next & ~look_up & ~(present & self.room)),
             loads_write.addr.eq(self.start_transfer),
             loads_write.data.layer.eq(self.start_layer),
             loads_write.data.bank.eq(near_bank),
@@ -355,9 +359,9 @@ class BurstSplitter(wiring.Component):
         ]
         with m.If(bypass):
             m.d.sync += [
-                working.eq(1),
-                wait_row.eq(~announced),
-                multiply.eq(announced),
+                working.eq(self.start),
+                wait_row.eq(self.start & ~announced),
+                multiply.eq(self.start & announced),
                 current.eq(self.start_transfer),
                 expert.eq(self.start_expert),
                 segments.eq(_without_lowest(near_uses)),

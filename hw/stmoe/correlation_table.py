@@ -11,6 +11,9 @@ from .learner import DELTA_BITS, RowUpdate
 
 __all__ = ["CorrelationTable"]
 
+WIDE = 256
+"""Bits of a row from which on it is kept in block RAM, however few rows there are."""
+
 
 class CorrelationTable(wiring.Component):
     """Rows of signed saturating weights in block RAM, one read and one write port.
@@ -70,6 +73,7 @@ class CorrelationTable(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         m.submodules.update = update = self.update
+        wide = self.weights.shape().size >= WIDE
         m.submodules.memory = ram = memory.Memory(
             # One number for each row: elaborating an initial value lane by lane takes minutes for
             # a large model.
@@ -77,8 +81,9 @@ class CorrelationTable(wiring.Component):
             depth=max(2, self.rows),
             init=[],
             # Yosys: a row is never needed in the cycle in which it is written, so do not build
-            # what makes that read well defined (two registers and a multiplexer a bit).
-            attrs={"no_rw_check": 1},
+            # what makes that read well defined (two registers and a multiplexer a bit). A wide row
+            # goes to block RAM even if there are few: the address of LUT RAM goes to every bit.
+            attrs={"no_rw_check": 1, **({"ram_style": "block"} if wide else {})},
         )
         read, write = ram.read_port(), ram.write_port()
 

@@ -242,6 +242,7 @@ class DmaScheduler(wiring.Component):
         # Bursts on their way: presented, and last beat not yet taken.
         owed = [Signal(range(config.max_outstanding + 1), name=f"owed_{t}") for t in range(count)]
         nothing_owed = Signal(count, init=-1)
+        fills = Signal(count)  # its beats go to `fill`: owed, and neither cancelled nor lost
         last_owed = Signal(count)
         outstanding = Signal(range(config.max_outstanding + 1))
         prefetch_outstanding = Signal(range(config.max_outstanding + 1))
@@ -267,6 +268,7 @@ class DmaScheduler(wiring.Component):
         first_issues = Signal()
         join = Signal()
         joining = Signal(index_bits)
+        joined_here = Signal(count)
         leave = Signal()
         m.d.comb += [
             leave.eq(first_valid & ~first_issues),
@@ -297,18 +299,14 @@ class DmaScheduler(wiring.Component):
         next_here = Signal(count)  # bit `start_transfer`, if `free_valid`
         retry = Signal(index_bits)  # starts again, if `retry_found`
         retry_found = Signal()
+        may_start = Signal()  # but for what comes for one cycle only
         started = Signal()
         start_issues = Signal()
         load = self.start.payload
         m.d.comb += [
             free.eq(~used & ~ordered & (~lost | all_of(self.dead)) & ~next_here),
-            self.start.ready.eq(
-                free_valid
-                & ~expire
-                & ~retry_found
-                & ~self.promote
-                & ~(load.prefetch & prefetch_valid)
-            ),
+            may_start.eq(free_valid & ~(load.prefetch & prefetch_valid)),
+            self.start.ready.eq(may_start & ~expire & ~retry_found & ~self.promote),
             started.eq(self.start.valid & self.start.ready),
             start_issues.eq(started & ~splitter.start_empty & ~self.dead),
         ]
@@ -320,10 +318,11 @@ class DmaScheduler(wiring.Component):
             ]
         m.d.comb += [
             splitter.start.eq(started),
+            splitter.start_offered.eq(self.start.valid),
             splitter.start_transfer.eq(self.start_transfer),
             splitter.start_layer.eq(load.layer),
             splitter.start_expert.eq(load.expert),
-            splitter.start_next.eq(start_issues & ~first_valid),
+            splitter.start_next.eq(may_start & ~splitter.start_empty & ~self.dead & ~first_valid),
         ]
 
         # Beats ---
@@ -351,7 +350,7 @@ class DmaScheduler(wiring.Component):
             beats.i.payload.last.eq(bus.payload.last),
             words_write.data.eq(bus.payload.data),
             words_write.en.eq(bus.ready),
-            opened.eq((beat.here & ~nothing_owed & ~cancelled & ~lost).any() | offered),
+            opened.eq((beat.here & fills).any() | offered),
             self.fill.valid.eq(beats.o.valid & opened),
             taken.eq(beats.o.valid & (self.fill.ready | ~opened)),
             beats.o.ready.eq(taken),
@@ -364,12 +363,8 @@ class DmaScheduler(wiring.Component):
         with m.If(taken):
             m.d.sync += words_read.addr.eq(~words_read.addr)
         beat_here = Signal(count)
-        last_here = Signal(count)
         error_here = Signal(count)
-        m.d.comb += [
-            beat_here.eq(beat.here & ~nothing_owed & all_of(taken)),
-            last_here.eq(beat_here & all_of(beat.last)),
-        ]
+        m.d.comb += beat_here.eq(beat.here & ~nothing_owed & all_of(taken))
         wrong_here = beat_here & all_of(beat.error)
         if behind_axi:
             wrong_here |= self.write_failed
@@ -543,6 +538,11 @@ class DmaScheduler(wiring.Component):
         m.d.comb += [
             splitter.begin.eq(next_here | retries_here),
             join.eq((start_issues & ~load.prefetch) | promote_issues | (retrying & retry_demand)),
+            joined_here.eq(
+                (next_here & all_of(start_issues & ~load.prefetch))
+                | here(self.promote_transfer, promote_issues)
+                | (retry_here & all_of(retrying & retry_demand))
+            ),
             joining.eq(
                 Mux(
                     self.promote,
@@ -606,14 +606,22 @@ class DmaScheduler(wiring.Component):
             m.d.sync += self.dead.eq(1)
 
         # Next state of every transfer ---
+        lost_next, cancelled_next = Signal(count), Signal(count)
+        nothing_owed_next = Signal(count)
+        m.d.comb += [
+            lost_next.eq(lost | expired_here),
+            cancelled_next.eq(~next_here & (cancelled | cancelled_here)),
+        ]
         m.d.sync += [
             used.eq((used & ~freed_here) | (next_here & all_of(started))),
             live.eq((live & ~ends_here) | (next_here & all_of(started))),
             given_up.eq(~next_here & (given_up | expired_here)),
-            lost.eq(lost | expired_here),
-            cancelled.eq(~next_here & (cancelled | cancelled_here)),
+            lost.eq(lost_next),
+            cancelled.eq(cancelled_next),
+            nothing_owed.eq(nothing_owed_next),
+            fills.eq(~(nothing_owed_next | cancelled_next | lost_next)),
             unfilled.eq(next_here | retries_here | (unfilled & ~beat_here)),
-            ordered.eq((ordered & ~here(first, leave)) | here(joining, join)),
+            ordered.eq((ordered & ~here(first, leave)) | joined_here),
         ]
         issues = ~splitter.start_empty & ~self.dead
         for t in range(count):
@@ -640,16 +648,18 @@ class DmaScheduler(wiring.Component):
         promoted = Signal(count)  # in the cycle before: its bursts still count as prefetch's
         m.d.sync += promoted.eq(promote_here)
         promoted_bursts = Signal(range(config.max_outstanding + 1))
+        # Whether a beat is taken is known late: what follows from it either way stands there.
+        ends_burst = beat.here & ~nothing_owed & all_of(beat.last)
         for t in range(count):
-            more, fewer = Signal(name=f"more_{t}"), Signal(name=f"fewer_{t}")
+            fewer, otherwise = Signal.like(owed[t]), Signal.like(owed[t])
             m.d.comb += [
-                more.eq(issued_here[t] & ~last_here[t]),
-                fewer.eq(~issued_here[t] & last_here[t]),
+                otherwise.eq(owed[t] + issued_here[t]),
+                fewer.eq(Mux(issued_here[t], owed[t], owed[t] - 1)),
             ]
-            m.d.sync += [
-                owed[t].eq(owed[t] + Cat(more | fewer, fewer.replicate(len(owed[t]) - 1))),
-                nothing_owed[t].eq((nothing_owed[t] & ~issued_here[t]) | (fewer & last_owed[t])),
-            ]
+            m.d.sync += owed[t].eq(Mux(taken & ends_burst[t], fewer, otherwise))
+            m.d.comb += nothing_owed_next[t].eq(
+                ~issued_here[t] & (nothing_owed[t] | (taken & ends_burst[t] & last_owed[t]))
+            )
             with m.If(promoted[t]):
                 m.d.comb += promoted_bursts.eq(owed[t])
 

@@ -12,6 +12,11 @@ from stmoe_golden.config import EngineConfig
 
 __all__ = ["ExpertMap", "LaneState", "lane_bits", "pin_bits", "slot_info_layout"]
 
+ANY_ON_COLLISION = {"no_rw_check": 1}
+"""Attributes of a memory of which nothing is used that was read in the cycle of a write to the same
+word: synthesis need not add comparators and multiplexers to make that the old word.
+``tb/test_collisions.py`` has such reads give rubbish."""
+
 
 class LaneState(enum.Enum, shape=3):
     """State of one expert of one layer."""
@@ -148,7 +153,10 @@ class ExpertMap(wiring.Component):
         m.d.comb += row_write.en.eq(Mux(written, lanes_written, 0))
 
         m.submodules.places = places = Memory(
-            shape=self.place_layout, depth=1 << len(self.place_read), init=[]
+            shape=self.place_layout,
+            depth=1 << len(self.place_read),
+            init=[],
+            attrs=ANY_ON_COLLISION,
         )
         place_write = places.write_port()
         place_read = places.read_port()
@@ -162,7 +170,9 @@ class ExpertMap(wiring.Component):
             place_write.en.eq(self.place_write),
         ]
 
-        m.submodules.infos = infos = Memory(shape=slot_info_layout(c), depth=c.num_slots, init=[])
+        m.submodules.infos = infos = Memory(
+            shape=slot_info_layout(c), depth=c.num_slots, init=[], attrs=ANY_ON_COLLISION
+        )
         info_write = infos.write_port()
         info_read = infos.read_port()
         m.d.comb += [

@@ -22,6 +22,10 @@ from .table_reader import TableReader, table_index_layout
 
 __all__ = ["Predictor", "route_layout", "token_layout"]
 
+COPIES = 4
+"""Registers that say the same to all lanes of the sums, each to a part of them. Synthesis merges
+equal flip-flops into one, so these differ in how they start and whether they are reset."""
+
 
 def token_layout() -> data.StructLayout:
     """What the predictor needs to know of a token."""
@@ -92,9 +96,12 @@ class _RowSum(wiring.Component):
         self.partial_bits = (c.top_k * lowest - 1).bit_length() + 1
         self.total_bits = (gain * lowest - 1).bit_length() + 1
         if c.folds == 1:
-            members = {"clear": In(1)}
+            # The same for every group of lanes.
+            members = {"clear": In(COPIES), "load": In(COPIES), "add": In(COPIES)}
         else:
             members = {
+                "load": In(1),
+                "add": In(1),
                 "restart": In(1),
                 "done": In(1),
                 "done_fold": In(c.fold_bits),
@@ -104,8 +111,6 @@ class _RowSum(wiring.Component):
             {
                 **members,
                 "row": In(self.weights),
-                "load": In(1),
-                "add": In(1),
                 "total": Out(data.ArrayLayout(signed(self.total_bits), c.num_lanes)),
             }
         )
@@ -118,12 +123,13 @@ class _RowSum(wiring.Component):
         for e in range(self.config.num_lanes):
             partial = Signal(signed(self.partial_bits), name=f"partial_{e}")
             total = self.total[e]
-            with m.If(self.clear):
+            group = e * COPIES // self.config.num_lanes
+            with m.If(self.clear[group]):
                 m.d.sync += [partial.eq(0), total.eq(0)]
             with m.Else():
-                with m.If(self.load):
+                with m.If(self.load[group]):
                     m.d.sync += partial.eq(partial + self.row[e])
-                with m.If(self.add):
+                with m.If(self.add[group]):
                     m.d.sync += total.eq(total + partial)
         return m
 
@@ -306,6 +312,14 @@ class Predictor(wiring.Component):
                 m.d.sync += line[n].eq(line[n - 1])
             return line
 
+        def copies(signal, name):
+            """``signal`` as it was in the cycle before, :data:`COPIES` times."""
+            lines = [
+                Signal(name=f"{name}_{n}", init=n & 1, reset_less=n & 2 != 0) for n in range(COPIES)
+            ]
+            m.d.sync += [line.eq(signal) for line in lines]
+            return Cat(*lines)
+
         clear_done = Signal()
 
         # The event under way ---------------------------------------------------------------------
@@ -335,7 +349,9 @@ class Predictor(wiring.Component):
 
         # Passes through the tables ---------------------------------------------------------------
         # What belongs to a step: the rows are presented in the cycle after it.
-        idle, taken, fresh = Signal(), Signal(), Signal()
+        # That the FSM is in IDLE, from a register of its own: much hangs on it, also elsewhere.
+        idle = Signal(init=1)
+        taken, fresh = Signal(), Signal()
         rank = Signal(rank_bits)
         learn_pass, look_pass = Signal(), Signal()
         steps = [_gain_steps((1 << FRACTION_BITS,) * top_k), _gain_steps(c.gains)]
@@ -427,10 +443,12 @@ class Predictor(wiring.Component):
                     row_sum.fold.eq(fetch_fold),
                 ]
             else:
-                # Straight from a register to all lanes of the sum; that of a disabled kind stays 0.
-                clear_sum = Signal(name=f"clear_sum_{d}")
-                m.d.sync += clear_sum.eq(taken | ~kinds[1 + d])
-                m.d.comb += row_sum.clear.eq(clear_sum)
+                # Straight from registers to the lanes of the sum; that of a disabled kind stays 0.
+                m.d.comb += [
+                    row_sum.clear.eq(copies(taken | ~kinds[1 + d], f"clear_sum_{d}")),
+                    row_sum.load.eq(copies(loads[2 if d else 4], f"load_sum_{d}")),
+                    row_sum.add.eq(copies(adds[3 if d else 5], f"add_sum_{d}")),
+                ]
             m.d.sync += [
                 # Between events it is the row that software reads.
                 lane.eq(
@@ -441,15 +459,14 @@ class Predictor(wiring.Component):
                 ),
             ]
             corrected = Signal(name=f"corrected_{d}")
-            # With several folds the sum of a disabled kind stays 0 because nothing is added.
-            adding = adds[4 if d else 6] & kinds[1 + d] if folded else adds[4 if d else 6]
-            if d:
+            if folded:
+                # The sum of a disabled kind stays 0 because nothing is added.
                 m.d.comb += [
-                    corrected.eq(learns[1]),
-                    row_sum.row.eq(table.weights),
-                    row_sum.load.eq(loads[3]),
-                    row_sum.add.eq(adding),
+                    row_sum.load.eq(loads[3 if d else 5]),
+                    row_sum.add.eq(adds[4 if d else 6] & kinds[1 + d]),
                 ]
+            if d:
+                m.d.comb += [corrected.eq(learns[1]), row_sum.row.eq(table.weights)]
             else:
                 # Rows of this set are corrected as they are looked up, the others afterwards.
                 both = Cat(
@@ -458,12 +475,12 @@ class Predictor(wiring.Component):
                 m.d.comb += [
                     corrected.eq(Mux(both, loads[1], learns[1])),
                     row_sum.row.eq(table.learnt),
-                    row_sum.load.eq(loads[5]),
-                    row_sum.add.eq(adding),
                 ]
             m.d.sync += table.learn.eq(corrected & known[d] & learning & kinds[1 + d])
+        bias_learns = Signal()
+        m.d.sync += bias_learns.eq(freshly[1] & learning & kinds[0])
         m.d.comb += [
-            bias.learn.eq(freshly[2] & learning & kinds[0]),
+            bias.learn.eq(bias_learns),
             bias.delta.eq(learner.delta),
             learner.score.eq(scores.score),
             learner.use.eq(scores.use),
@@ -681,7 +698,6 @@ class Predictor(wiring.Component):
             with m.State("IDLE"):
                 route = self.route.payload
                 m.d.comb += [
-                    idle.eq(1),
                     fetch_next.eq(layer),
                     taken.eq(clear_done & (self.token.valid | self.route.valid)),
                 ]
@@ -701,6 +717,7 @@ class Predictor(wiring.Component):
                 with m.If(taken):
                     m.d.comb += port_next.eq(1)
                     m.d.sync += [
+                        idle.eq(0),
                         is_route.eq(~self.token.valid),
                         sequence.eq(self.token.valid & self.token.payload.new_sequence),
                     ]
@@ -773,6 +790,7 @@ class Predictor(wiring.Component):
                 m.d.comb += delivering.eq(~correcting)
                 with m.If(selection_over & ~more):
                     m.d.comb += self.selection_over.eq(1)
+                    m.d.sync += idle.eq(1)
                     if late:
                         m.d.comb += over.eq(1)
                     m.next = "IDLE"

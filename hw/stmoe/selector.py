@@ -149,7 +149,7 @@ class Selector(wiring.Component):
         c = self.config
         nodes = []
         for e in range(c.num_lanes):
-            score = Signal(signed(c.score_bits), name=f"leaf_{e}_score")
+            score = Signal(signed(c.score_bits), name=f"leaf_{e}_score", reset_less=True)
             valid = Signal(name=f"leaf_{e}_valid")
             leaf = _Node(f"leaf_{e}", score, e, valid, Const(1))
             with m.If(leaf.take):
@@ -254,8 +254,8 @@ class Selector(wiring.Component):
 
     def _join(self, m, name, start, first, second):
         """A node above ``first`` and ``second``, whose lanes are all lower than ``second``'s."""
-        score = Signal(signed(self.config.score_bits), name=f"{name}_score")
-        lane = Signal(range(max(2, self.config.num_lanes)), name=f"{name}_lane")
+        score = Signal(signed(self.config.score_bits), name=f"{name}_score", reset_less=True)
+        lane = Signal(range(max(2, self.config.num_lanes)), name=f"{name}_lane", reset_less=True)
         valid = Signal(name=f"{name}_valid")
         ready = Signal(name=f"{name}_ready")
         node = _Node(name, score, lane, valid, ready)

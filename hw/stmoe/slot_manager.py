@@ -78,6 +78,11 @@ class Operation(enum.Enum, shape=4):
     """A selected expert is given a slot."""
 
 
+def _plus_one(value: Value) -> Value:
+    """``value + 1`` without a carry chain, which takes longer for so few bits."""
+    return Cat(~value[0], *(value[i] ^ value[:i].all() for i in range(1, len(value))))
+
+
 class SlotManager(wiring.Component):
     """Serialises demand, prefetch, fill, release, cancel and commit.
 
@@ -215,6 +220,25 @@ class SlotManager(wiring.Component):
         # One more than there are: the FIFO takes a write in every cycle only with room to spare.
         free_depth = c.num_slots + 1
         m.submodules.free = free = fifo.SyncFIFOBuffered(width=c.slot_bits, depth=free_depth)
+        freed, freed_slot = Signal(), Signal(c.slot_bits)
+        m.d.sync += freed.eq(0)
+        # The next slot stands in a register, as block RAM is slow, which is filled again two cycles
+        # after it was emptied: sooner than a slot can be asked for again.
+        has_free, free_slot = Signal(), Signal(c.slot_bits)
+        take_free = Signal()
+        m.d.comb += [
+            free.w_en.eq(freed),
+            free.w_data.eq(freed_slot),
+            free.r_en.eq(~has_free),
+        ]
+        with m.If(~has_free):
+            m.d.sync += [has_free.eq(free.r_rdy), free_slot.eq(free.r_data)]
+        with m.Elif(take_free):
+            m.d.sync += has_free.eq(0)
+        # Nor is a slot on its way to that register. Late only just after the last one was taken,
+        # which is never in the cycle before this is asked.
+        none_free = Signal()
+        m.d.sync += none_free.eq((free.level == 0) & ~has_free & ~freed)
         m.submodules.grants = grants = fifo.SyncFIFO(width=grant_layout(c).size, depth=4 * top_k)
         counter = {item.name: Signal(name=f"count_{item.name}") for item in COUNTERS}
         m.d.comb += self.increment.eq(Cat(*counter.values()))
@@ -240,7 +264,13 @@ class SlotManager(wiring.Component):
         outstanding = Signal(range(4 * top_k + 1))
         outstanding_add = Signal(range(top_k + 1))
         outstanding_sub = Signal()
-        m.d.sync += outstanding.eq(outstanding + outstanding_add - outstanding_sub)
+        # Counted a cycle later, as nothing that may not begin then does: it is far from what is
+        # decided to the counter. The same below for `draining`.
+        outstanding_change = Signal(signed(len(outstanding_add) + 1))
+        m.d.sync += [
+            outstanding_change.eq(outstanding_add - outstanding_sub),
+            outstanding.eq(outstanding + outstanding_change),
+        ]
 
         # Loads in flight: what stays the same in LUT RAM, what changes in registers.
         m.submodules.loads = loads = Memory(shape=transfer_layout(c), depth=c.transfers, init=[])
@@ -255,19 +285,30 @@ class SlotManager(wiring.Component):
 
         draining = Signal(range(c.transfers + 1))
         draining_add, draining_sub = Signal(), Signal()
-        m.d.sync += draining.eq(draining + draining_add - draining_sub)
+        draining_change = Signal(signed(2))
+        drains = Signal()
+        m.d.sync += [
+            draining_change.eq(draining_add - draining_sub),
+            draining.eq(draining + draining_change),
+        ]
+        m.d.comb += drains.eq((draining != 0) | (draining_change != 0))
         ended_index = Signal(c.transfer_bits)
         leaving = Signal(c.transfer_bits)
         """Transfer that is to be cancelled."""
         cancelling, cancel_flag = Signal(), Signal()
-        m.d.comb += [loads_read.addr.eq(ended_index), self.cancel_transfer.eq(leaving)]
+        cancel = Signal()
+        m.d.sync += cancel.eq(0)
+        m.d.comb += [
+            loads_read.addr.eq(ended_index),
+            self.cancel.eq(cancel),
+            self.cancel_transfer.eq(leaving),
+        ]
 
         demand_blocked, prefetch_blocked = Signal(), Signal()
         searching = Signal()
         """A victim search has begun together with a routing event."""
         demanding = Signal()
         """A demand has no slot yet: a load that starts is its."""
-        m.d.comb += demanding.eq(pending != 0)
 
         def first_rank(bits):
             index = Signal(rank_bits, name=f"{bits.name}_rank")
@@ -277,6 +318,7 @@ class SlotManager(wiring.Component):
             return index
 
         pending_rank = first_rank(pending)
+        later_pending = pending & (pending - 1)
         missed_rank = first_rank(missed)
         hit_rank = first_rank(hits)
         promote_rank = first_rank(promotes)
@@ -314,11 +356,15 @@ class SlotManager(wiring.Component):
         legal = Signal()
         event_next = Signal(experts)
         event_lanes = Signal(data.ArrayLayout(unsigned(eb), top_k))
+        event_hot = [
+            Signal(experts, name=f"event_hot_{rank}", reset_less=True) for rank in range(top_k)
+        ]
 
-        # The row port serves one reader at a time.
+        # The row port serves one reader at a time. Its address is known a cycle ahead: from a
+        # register, as it goes to every lane.
         row_layer = Signal(c.layer_bits)
         m.d.comb += [
-            table.row_layer.eq(Mux(chooser.busy, chooser.row_layer, row_layer)),
+            table.row_layer.eq(row_layer),
             self.victim_layer.eq(chooser.score_layer),
             chooser.row.eq(table.row),
             chooser.score.eq(self.victim_score),
@@ -354,19 +400,41 @@ class SlotManager(wiring.Component):
         start_expert = Signal(eb)
         start_slot = Signal(c.slot_bits)
         start_prefetch = Signal()
+        """The load that a slot is sought for, or that starts, is a prefetch's."""
         start_evicts = Signal()
-        victim_layer = Signal(c.layer_bits)
-        victim_expert = Signal(eb)
+        # Where the FSM is, from registers of their own where the longest paths begin: in START, in
+        # PIN, in BEGIN to seek a slot, in ROUTE, in RELEASED, in PIN or JUDGE, in a state in which
+        # the queue is emptied.
+        in_start, in_pin, seeking = Signal(), Signal(), Signal()
+        in_route, in_released = Signal(), Signal()
+        judging, flushing = Signal(), Signal()
+        m.d.sync += [
+            in_start.eq(0),
+            in_pin.eq(0),
+            seeking.eq(0),
+            in_route.eq(0),
+            in_released.eq(0),
+            judging.eq(0),
+            flushing.eq(0),
+        ]
         m.d.comb += [
+            queue.flush.eq(flushing),
+            take_free.eq(seeking | (in_pin & taking)),
+        ]
+        first_missing = event_experts[pending_rank]
+        m.d.comb += [
+            self.start.valid.eq(in_start | (in_pin & demanding & has_free & ~self.hold)),
+            start_evicts.eq(in_start & evicting),
+            start_expert.eq(Mux(in_pin, first_missing, op_expert)),
+            start_slot.eq(Mux(in_pin, free_slot, load_slot)),
             self.start.payload.prefetch.eq(start_prefetch),
             self.start.payload.layer.eq(op_layer),
             self.start.payload.expert.eq(start_expert),
             self.start.payload.slot.eq(start_slot),
             taking.eq(self.start.valid & self.start.ready),
         ]
-        starting = Signal()
-        """A load may start in this state: what it writes stands there, taken or not."""
-        with m.If(starting):
+        # What a load writes stands there, taken or not.
+        with m.If(in_start | in_pin):
             m.d.comb += [
                 table.info_write_slot.eq(start_slot),
                 table.info_write_data.resident.eq(0),
@@ -378,6 +446,13 @@ class SlotManager(wiring.Component):
             table.place_write_address.eq(Cat(start_expert, op_layer)),
             table.place_write_data.slot.eq(start_slot),
             table.place_write_data.transfer.eq(self.start_transfer),
+        ]
+        m.d.comb += [
+            loads_write.en.eq(taking),
+            loads_write.addr.eq(self.start_transfer),
+            loads_write.data.layer.eq(op_layer),
+            loads_write.data.expert.eq(start_expert),
+            loads_write.data.slot.eq(start_slot),
         ]
         with m.If(taking):
             m.d.comb += [
@@ -394,20 +469,13 @@ class SlotManager(wiring.Component):
                     slot=start_slot,
                     flag=Cat(start_prefetch, start_evicts),
                     data=Cat(
-                        Mux(start_evicts, victim_expert, 0)[:eb],
+                        Mux(start_evicts, chooser.expert, 0)[:eb],
                         Const(0, 8 - eb),
-                        Mux(start_evicts, victim_layer, 0)[: c.layer_bits],
+                        Mux(start_evicts, chooser.layer, 0)[: c.layer_bits],
                         Const(0, 8 - c.layer_bits),
                         self.start_transfer,
                     ),
                 ),
-            ]
-            m.d.comb += [
-                loads_write.en.eq(1),
-                loads_write.addr.eq(self.start_transfer),
-                loads_write.data.layer.eq(op_layer),
-                loads_write.data.expert.eq(start_expert),
-                loads_write.data.slot.eq(start_slot),
             ]
             for t in range(c.transfers):
                 with m.If(self.start_transfer == t):
@@ -422,7 +490,7 @@ class SlotManager(wiring.Component):
 
         # The confidence gate counts what becomes of prefetches -----------------------------------
         idle_link = Signal()
-        m.d.sync += idle_link.eq(~loading.any() & (draining == 0))
+        m.d.sync += idle_link.eq(~loading.any() & ~drains)
         m.d.comb += [
             gate.adaptive.eq(self.adaptive),
             gate.floor.eq(self.threshold),
@@ -499,21 +567,24 @@ class SlotManager(wiring.Component):
         ]
 
         # The experts of a routing event, one a cycle: residents first, then those on their way.
-        # Stage 0 reads the slot, stage 1 grants and reads the pins, stage 2 promotes and adds one.
-        judging = Signal()
+        # Stage 0 reads the slot, stage 1 grants and reads the pins, stage 2 promotes, stage 3 adds
+        # one to the pins.
         todo_rank = Signal(rank_bits)
         m.d.comb += todo_rank.eq(
             Mux(hits.any(), hit_rank, Mux(promotes.any(), promote_rank, missed_rank))
         )
         stage1 = Signal()
         stage1_hit, stage1_promote = Signal(), Signal()
-        stage1_unused = Signal()
+        stage1_unused, stage1_prefetch = Signal(), Signal()
         stage1_expert = Signal(eb)
         stage2, stage2_promote = Signal(), Signal()
         stage2_slot = Signal(c.slot_bits)
         stage2_expert = Signal(eb)
         stage2_transfer = Signal(c.transfer_bits)
+        stage3, stage3_slot = Signal(), Signal(c.slot_bits)
+        stage3_info = Signal(slot_info_layout(c), reset_less=True)
         rank_state = [Signal(LaneState, name=f"rank_state_{rank}") for rank in range(top_k)]
+        todo_state = Array(rank_state)[todo_rank]
         judged_all = Signal()
         m.d.comb += judged_all.eq(~(hits.any() | promotes.any() | missed.any()))
         m.d.sync += [
@@ -521,11 +592,10 @@ class SlotManager(wiring.Component):
             stage1_hit.eq(hits.any()),
             stage1_promote.eq(~hits.any() & promotes.any()),
             stage1_expert.eq(event_experts[todo_rank]),
-            stage1_unused.eq(Array(rank_state)[todo_rank] == LaneState.READY_UNUSED),
+            stage1_unused.eq(todo_state == LaneState.READY_UNUSED),
+            stage1_prefetch.eq(todo_state == LaneState.LOADING_PREFETCH),
             stage2.eq(stage1 & (stage1_hit | stage1_promote)),
-            stage2_promote.eq(
-                stage1 & stage1_promote & prefetching.bit_select(table.place.transfer, 1)
-            ),
+            stage2_promote.eq(stage1 & stage1_promote & stage1_prefetch),
             stage2_slot.eq(table.place.slot),
             stage2_expert.eq(stage1_expert),
             stage2_transfer.eq(table.place.transfer),
@@ -552,12 +622,13 @@ class SlotManager(wiring.Component):
                 ]
             with m.Elif(stage1_promote):
                 m.d.comb += counter["lates"].eq(1)
-        with m.If(stage2):
+        m.d.sync += [stage3.eq(stage2), stage3_slot.eq(stage2_slot), stage3_info.eq(table.info)]
+        with m.If(stage3):
             m.d.comb += [
                 table.info_write.eq(1),
-                table.info_write_slot.eq(stage2_slot),
-                table.info_write_data.eq(table.info),
-                table.info_write_data.pins.eq(table.info.pins + 1),
+                table.info_write_slot.eq(stage3_slot),
+                table.info_write_data.eq(stage3_info),
+                table.info_write_data.pins.eq(_plus_one(stage3_info.pins)),
             ]
         with m.If(stage2_promote):
             m.d.comb += [
@@ -602,7 +673,8 @@ class SlotManager(wiring.Component):
                 gate.layer.eq(before),
                 gate.floor.eq(floors[Mux(committing, samples, 0)]),
             ]
-            m.d.sync += ahead_layer.eq(Mux(before == layers - 1, 0, before + 1))
+            ahead_next = Mux(before == layers - 1, 0, before + 1)
+            m.d.sync += ahead_layer.eq(ahead_next)
             with m.If(~committing):
                 m.d.sync += samples.eq(0)
             with m.Elif(samples != c.look + 1):
@@ -649,13 +721,13 @@ class SlotManager(wiring.Component):
             take_token.eq(
                 self.token.valid
                 & predictor_idle
-                & (pending == 0)
+                & ~demanding
                 & (at_boundary | ((token.new_sequence | (token.context != 0)) & ~self.route.valid))
             ),
             judge_route.eq(
                 self.route.valid
                 & predictor_idle
-                & (pending == 0)
+                & ~demanding
                 & ~at_boundary
                 & (outstanding <= 3 * top_k)
             ),
@@ -669,7 +741,13 @@ class SlotManager(wiring.Component):
 
         resident_states = (LaneState.READY, LaneState.READY_UNUSED, LaneState.PINNED)
         loading_states = (LaneState.LOADING_PREFETCH, LaneState.LOADING_DEMAND)
-        row_taken = Signal(data.ArrayLayout(LaneState, experts))
+        row_taken = Signal(data.ArrayLayout(LaneState, experts), reset_less=True)
+        resident_taken = [has_state(row_taken[e], *resident_states) for e in range(experts)]
+        # Of the lanes that are written in this cycle; in PIN of those that are not resident. Known
+        # a cycle ahead, as it goes to every lane.
+        written_state = Signal(LaneState)
+        m.d.sync += written_state.eq(LaneState.NONE)
+        state_of_load = Mux(start_prefetch, LaneState.LOADING_PREFETCH, LaneState.LOADING_DEMAND)
         released, releasable = Signal(slot_info_layout(c)), Signal()
         operation = Signal(Operation)
         threshold_next = Signal()
@@ -686,11 +764,7 @@ class SlotManager(wiring.Component):
             at_rest, timed_out, relocated = Signal(), Signal(), Signal()
             sweep, swept_slot = Signal(range(walk_length + 2)), Signal(c.slot_bits)
             m.d.comb += at_rest.eq(
-                self.writer_idle
-                & ~loading.any()
-                & (draining == 0)
-                & (pending == 0)
-                & (outstanding == 0)
+                self.writer_idle & ~loading.any() & ~drains & ~demanding & (outstanding == 0)
             )
             may_commit = self.register_request & (~self.relocates | at_rest)
             may_load = ~(self.register_request & self.relocates) | timed_out
@@ -699,21 +773,25 @@ class SlotManager(wiring.Component):
             # What is read is told by as little as possible, not by which operation comes next: in
             # BEGIN whatever may be wanted then, during a search and START the victim's.
             of_victim = Signal()
-            m.d.comb += [
-                row_layer.eq(
+            m.d.sync += row_layer.eq(
+                Mux(
+                    chooser.busy,
+                    chooser.score_layer,
                     Mux(
                         of_victim,
                         chooser.layer,
                         Mux(self.commit_request, self.select_layer, route.layer),
-                    )
-                ),
+                    ),
+                )
+            )
+            m.d.comb += [
                 table.place_read.eq(
                     Mux(
-                        judging,
+                        judging & ~judged_all,
                         Cat(event_experts[todo_rank], event_layer),
                         Mux(
                             of_victim,
-                            Cat(chooser.expert, chooser.layer),
+                            Cat(chooser.expert_ahead, chooser.layer_ahead),
                             Cat(disproved_lane, event_layer),
                         ),
                     )
@@ -730,8 +808,8 @@ class SlotManager(wiring.Component):
                 self.initialised.eq(~fsm.ongoing("CLEAR")),
                 self.busy.eq(
                     ~fsm.ongoing("IDLE")
-                    | (pending != 0)
-                    | disproved.any()
+                    | demanding
+                    | any_disproved
                     | queue.o.valid
                     | grants.r_rdy
                     | out_valid
@@ -748,21 +826,19 @@ class SlotManager(wiring.Component):
                     table.row_write_lanes.eq(~0),
                     table.info_write.eq(walk < c.num_slots),
                     table.info_write_slot.eq(walk),
-                    free.w_en.eq(walk < c.num_slots),
-                    free.w_data.eq(walk),
                 ]
-                m.d.sync += walk.eq(walk + 1)
+                m.d.sync += [
+                    walk.eq(walk + 1),
+                    freed.eq(walk < c.num_slots),
+                    freed_slot.eq(walk),
+                ]
                 with m.If(walk == walk_length):
                     m.next = "IDLE"
 
             with m.State("IDLE"):
                 # The first operation that is possible is chosen now and begun in the next cycle.
                 # What makes it possible stays so until then, but for one case of a token.
-                m.d.sync += [
-                    op_layer.eq(load_layer),
-                    op_expert.eq(load_expert),
-                    of_victim.eq(0),
-                ]
+                m.d.sync += [op_layer.eq(load_layer), op_expert.eq(load_expert)]
                 possible = {
                     Operation.COMPLETION: self.completion.valid,
                     Operation.DEMAND: demanding & ~demand_blocked & self.start.ready,
@@ -783,10 +859,13 @@ class SlotManager(wiring.Component):
                 if self.behind_axi:
                     for kind in (Operation.ROUTE, Operation.PREFETCH):
                         possible[kind] &= may_load
+                seeks = Signal()
                 for kind, condition in reversed(possible.items()):
                     with m.If(condition):
                         m.d.sync += operation.eq(kind)
+                        m.d.comb += seeks.eq(kind in (Operation.DEMAND, Operation.PREFETCH))
                 with m.If(Cat(possible.values()).any() & ~self.hold):
+                    m.d.sync += seeking.eq(seeks)
                     m.next = "BEGIN"
 
             with m.State("BEGIN"):
@@ -805,17 +884,29 @@ class SlotManager(wiring.Component):
                         # A free slot is taken at once, else a victim is looked for; but not while
                         # a slot that has just become free is on its way through the FIFO, nor
                         # while the map's counts change.
-                        with m.If(free.r_rdy):
-                            m.d.sync += [load_slot.eq(free.r_data), evicting.eq(0)]
-                            m.d.comb += free.r_en.eq(1)
+                        with m.If(has_free):
+                            m.d.sync += [
+                                load_slot.eq(free_slot),
+                                evicting.eq(0),
+                                in_start.eq(1),
+                                start_prefetch.eq(~demanding),
+                                written_state.eq(
+                                    Mux(
+                                        demanding,
+                                        LaneState.LOADING_DEMAND,
+                                        LaneState.LOADING_PREFETCH,
+                                    )
+                                ),
+                            ]
                             m.next = "START"
-                        with m.Elif((free.level == 0) & ~table.settling):
+                        with m.Elif(none_free & ~table.settling):
                             m.d.comb += chooser.start.eq(1)
-                            m.d.sync += of_victim.eq(1)
+                            m.d.sync += [of_victim.eq(1), start_prefetch.eq(~demanding)]
                             m.next = "SEARCH"
                     with m.Case(Operation.DISPROVED):
                         m.next = "DISPROVED"
                     with m.Case(Operation.RELEASE):
+                        m.d.sync += in_released.eq(1)
                         m.next = "RELEASED"
                     with m.Case(Operation.SCORE_COMMIT):
                         m.d.comb += [
@@ -823,7 +914,9 @@ class SlotManager(wiring.Component):
                             counter["score_commits"].eq(1),
                             *emit(EventKind.SCORE_COMMIT, layer=self.select_layer),
                         ]
-                        m.d.sync += prefetch_blocked.eq(0)
+                        m.d.sync += [prefetch_blocked.eq(0), flushing.eq(1)]
+                        if c.look > 1:
+                            m.d.sync += row_layer.eq(ahead_next)
                         m.next = "COMMIT-ROW"
                     with m.Case(Operation.REGISTER_COMMIT):
                         m.d.comb += [self.register_grant.eq(1), *emit(EventKind.REGISTER_COMMIT)]
@@ -858,6 +951,7 @@ class SlotManager(wiring.Component):
                                 ]
                                 m.d.sync += [token_taken.eq(1), expected_layer.eq(0)]
                                 with m.If(token.new_sequence):
+                                    m.d.sync += flushing.eq(1)
                                     m.next = "FLUSH"
                     with m.Case(Operation.ROUTE):
                         m.d.sync += [
@@ -869,17 +963,27 @@ class SlotManager(wiring.Component):
                                 & ~Cat(*duplicates, Const(0, 1)).any()
                             ),
                             event_next.eq(route_set),
+                            *(
+                                event_hot[rank].eq(1 << route.experts[rank][:eb])
+                                for rank in range(top_k)
+                            ),
                             # A legal one is of this layer: the DMA scheduler reads its segments.
                             op_layer.eq(expected_layer),
                             route_judged.eq(1),
                         ]
+                        m.d.sync += in_route.eq(1)
                         m.next = "ROUTE"
 
             with m.State("SEARCH"):
+                # The victim's slot: read for what the chooser is about to answer.
+                m.d.sync += load_slot.eq(table.place.slot)
                 with m.If(chooser.done & ~self.hold):
                     m.d.sync += evicting.eq(1)
                     m.next = "IDLE"
+                    with m.If(~chooser.admitted):
+                        m.d.sync += [start_prefetch.eq(0), of_victim.eq(0)]
                     with m.If(chooser.admitted):
+                        m.d.sync += [in_start.eq(1), written_state.eq(state_of_load)]
                         m.next = "START"
                     with m.Elif(demanding):
                         m.d.sync += [scan.eq(0), leaving_found.eq(0)]
@@ -893,28 +997,19 @@ class SlotManager(wiring.Component):
                     with m.Else():
                         m.d.sync += prefetch_blocked.eq(1)
 
+            victim_hot = Signal(experts, reset_less=True)
+            m.d.sync += victim_hot.eq(1 << chooser.expert)
             with m.State("START"):
-                # The victim's slot is read out until the DMA scheduler takes the load.
-                m.d.comb += [
-                    starting.eq(1),
-                    self.start.valid.eq(1),
-                    start_expert.eq(op_expert),
-                    start_prefetch.eq(~demanding),
-                    start_slot.eq(Mux(evicting, table.place.slot, load_slot)),
-                    start_evicts.eq(evicting),
-                    victim_layer.eq(chooser.layer),
-                    victim_expert.eq(chooser.expert),
-                ]
-                for e in range(experts):
-                    m.d.comb += table.row_write_data[e].eq(
-                        Mux(demanding, LaneState.LOADING_DEMAND, LaneState.LOADING_PREFETCH)
-                    )
+                m.d.sync += in_start.eq(~self.start.ready)
+                with m.If(~self.start.ready):
+                    m.d.sync += written_state.eq(state_of_load)
                 with m.If(self.start.ready):
                     m.d.comb += [
                         table.row_write.eq(1),
-                        queue.o.ready.eq(~demanding),
+                        queue.o.ready.eq(start_prefetch),
                     ]
-                    m.d.sync += pending.eq(pending & (pending - 1))
+                    m.d.sync += [start_prefetch.eq(0), of_victim.eq(0)]
+                    m.d.sync += [pending.eq(later_pending), demanding.eq(later_pending != 0)]
                     m.d.sync += [op_layer.eq(chooser.layer), op_expert.eq(chooser.expert)]
                     with m.If(evicting):
                         m.next = "EVICT"
@@ -929,8 +1024,10 @@ class SlotManager(wiring.Component):
                     table.ready_sub.eq(1),
                     counter["evictions"].eq(1),
                     counter["useless"].eq(
-                        Array(table.row[e] for e in range(experts))[chooser.expert]
-                        == LaneState.READY_UNUSED
+                        Cat(
+                            victim_hot[e] & (table.row[e] == LaneState.READY_UNUSED)
+                            for e in range(experts)
+                        ).any()
                     ),
                 ]
                 m.next = "IDLE"
@@ -948,7 +1045,7 @@ class SlotManager(wiring.Component):
                         leaving.eq(scan),
                         newest_order.eq(order[scan]),
                     ]
-                with m.If((draining != 0) | any_disproved):
+                with m.If(drains | any_disproved):
                     m.d.sync += demand_blocked.eq(1)
                     m.next = "IDLE"
                 with m.Elif(scan == c.transfers - 1):
@@ -969,6 +1066,7 @@ class SlotManager(wiring.Component):
             with m.State("CANCEL-READ"):
                 m.d.comb += loads_read.addr.eq(leaving)
                 m.d.sync += [
+                    cancel.eq(leaving_found),
                     op_layer.eq(loads_read.data.layer),
                     op_expert.eq(loads_read.data.expert),
                     leaving_slot.eq(loads_read.data.slot),
@@ -977,8 +1075,7 @@ class SlotManager(wiring.Component):
             with m.State("CANCEL"):
                 # The DMA scheduler ignores a cancel that is late, so it need not wait for that.
                 # Whether it was is known at the end of the cycle, so the map learns it in the next.
-                m.d.comb += self.cancel.eq(leaving_found)
-                m.d.sync += cancelling.eq(leaving_found & ~self.cancel_late)
+                m.d.sync += cancelling.eq(cancel & ~self.cancel_late)
                 m.next = "CANCELLED"
             with m.State("CANCELLED"):
                 m.d.sync += cancelling.eq(0)
@@ -989,21 +1086,30 @@ class SlotManager(wiring.Component):
                     op_layer.eq(loads_read.data.layer),
                     op_expert.eq(loads_read.data.expert),
                     ended_slot.eq(loads_read.data.slot),
+                    freed.eq(
+                        (status == CompletionStatus.DRAINED) | (status == CompletionStatus.ERROR)
+                    ),
+                    freed_slot.eq(loads_read.data.slot),
                     ended_prefetch.eq(prefetching.bit_select(ended_index, 1)),
                     ended_cancelled.eq(cancelled.bit_select(ended_index, 1)),
                     loading.bit_select(ended_index, 1).eq(0),
                 ]
+                with m.If(status == CompletionStatus.DONE):
+                    m.d.sync += written_state.eq(
+                        Mux(
+                            prefetching.bit_select(ended_index, 1),
+                            LaneState.READY_UNUSED,
+                            LaneState.PINNED,
+                        )
+                    )
                 m.next = "COMPLETE"
             with m.State("COMPLETE"):
-                freed = Signal()
                 m.d.comb += [
                     disproved_changes.eq(any_disproved),
                     table.held_sub.eq(freed),
                     table.info_write_slot.eq(ended_slot),
                     table.info_write_data.layer.eq(op_layer),
                     table.info_write_data.expert.eq(op_expert),
-                    free.w_data.eq(ended_slot),
-                    free.w_en.eq(freed),
                     held_sub.eq(ended_prefetch),
                     draining_sub.eq(ended_cancelled),
                 ]
@@ -1030,15 +1136,10 @@ class SlotManager(wiring.Component):
                             counter["filled"].eq(1),
                             *emit(EventKind.FILL_DONE, **fields),
                         ]
-                        for e in range(experts):
-                            m.d.comb += table.row_write_data[e].eq(
-                                Mux(ended_prefetch, LaneState.READY_UNUSED, LaneState.PINNED)
-                            )
                         with m.If(~ended_prefetch):
                             m.next = "PROMISED"
                     with m.Case(CompletionStatus.DRAINED):
                         m.d.comb += [
-                            freed.eq(1),
                             counter["drained"].eq(1),
                             *emit(EventKind.DRAINED, slot=ended_slot, data=ended_index),
                         ]
@@ -1050,7 +1151,6 @@ class SlotManager(wiring.Component):
                         m.d.comb += [
                             table.row_write.eq(~ended_cancelled),
                             table.info_write.eq(1),
-                            freed.eq(status == CompletionStatus.ERROR),
                             counter["errors"].eq(status == CompletionStatus.ERROR),
                             counter["timeouts"].eq(status == CompletionStatus.TIMEOUT),
                             *emit(
@@ -1083,14 +1183,13 @@ class SlotManager(wiring.Component):
             with m.State("RELEASED"):
                 # Block RAM is slow: what it says of the slot is looked at in the next cycle.
                 m.d.sync += [
-                    op_layer.eq(table.info.layer),
-                    op_expert.eq(table.info.expert),
                     released.eq(table.info),
                     releasable.eq(
                         table.info.resident
                         & (table.info.pins != 0)
                         & (self.release.payload.slot < c.num_slots)
                     ),
+                    written_state.eq(LaneState.READY),
                 ]
                 m.next = "RELEASE"
             with m.State("RELEASE"):
@@ -1101,8 +1200,6 @@ class SlotManager(wiring.Component):
                     table.info_write_data.eq(released),
                     table.info_write_data.pins.eq(released.pins - 1),
                 ]
-                for e in range(experts):
-                    m.d.comb += table.row_write_data[e].eq(LaneState.READY)
                 m.next = "IDLE"
                 with m.If(releasable):
                     m.d.comb += [
@@ -1121,21 +1218,22 @@ class SlotManager(wiring.Component):
                     ]
 
             with m.State("COMMIT-ROW"):
-                m.d.comb += [queue.flush.eq(1), committing.eq(1), self.absent.eq(absent_now)]
-                m.d.sync += absent.eq(absent_now)
+                m.d.comb += [committing.eq(1), self.absent.eq(absent_now)]
+                m.d.sync += [absent.eq(absent_now), flushing.eq(1)]
                 if c.look > 1:
-                    m.d.comb += row_layer.eq(ahead_layer)
+                    m.d.sync += row_layer.eq(ahead_next)
                 m.next = "COMMIT"
                 with m.If(self.commit_done):
                     m.next = "FLUSH"
             with m.State("COMMIT"):
-                m.d.comb += [queue.flush.eq(1), committing.eq(1)]
+                m.d.comb += committing.eq(1)
+                m.d.sync += flushing.eq(1)
                 if c.look > 1:
-                    m.d.comb += row_layer.eq(ahead_layer)
+                    m.d.sync += row_layer.eq(ahead_next)
                 with m.If(self.commit_done):
                     m.next = "FLUSH"
             with m.State("FLUSH"):
-                m.d.comb += queue.flush.eq(1)
+                m.d.sync += flushing.eq(queue.removed)
                 with m.If(~queue.removed):
                     m.next = "IDLE"
 
@@ -1157,71 +1255,37 @@ class SlotManager(wiring.Component):
                         table.info_write_slot.eq(swept_slot),
                         table.held_layer.eq(table.info.layer),
                         table.ready_layer.eq(table.info.layer),
-                        free.w_data.eq(swept_slot),
                     ]
-                    m.d.sync += [sweep.eq(sweep + 1), swept_slot.eq(sweep)]
+                    m.d.sync += [
+                        sweep.eq(sweep + 1),
+                        swept_slot.eq(sweep),
+                        freed_slot.eq(swept_slot),
+                    ]
                     with m.If((sweep != 0) & (sweep <= c.num_slots) & table.info.resident):
                         m.d.comb += [
                             table.info_write.eq(1),
                             table.held_sub.eq(1),
                             table.ready_sub.eq(1),
-                            free.w_en.eq(1),
                         ]
+                        m.d.sync += freed.eq(1)
                     with m.If(sweep == walk_length + 1):
                         m.next = "IDLE"
 
             with m.State("ROUTE"):
                 # The row is here and the route is judged: taken now, one way or the other.
-                m.d.comb += self.route.ready.eq(1)
-                m.d.sync += searching.eq(0)
+                m.next = "IDLE"
                 with m.If(legal):
-                    m.d.comb += [
-                        outstanding_add.eq(top_k),
-                        counter["routes"].eq(1),
-                        *emit(EventKind.ROUTE, layer=route.layer, data=route.experts.as_value()),
-                    ]
-                    last = route.layer == layers - 1
-                    m.d.sync += [
-                        event_layer.eq(route.layer),
-                        event_set.eq(event_next),
-                        row_taken.eq(table.row),
-                        token_taken.eq(~last),
-                        expected_layer.eq(Mux(last, 0, route.layer + 1)),
-                        demand_blocked.eq(0),
-                        prefetch_blocked.eq(0),
-                    ]
-                    for rank in range(top_k):
-                        lane = event_lanes[rank]
-                        state = Signal(LaneState, name=f"route_state_{rank}")
-                        m.d.comb += state.eq(Array(table.row[e] for e in range(experts))[lane])
-                        m.d.sync += [
-                            event_experts[rank].eq(lane),
-                            rank_state[rank].eq(state),
-                            pending[rank].eq(state == LaneState.NONE),
-                            missed[rank].eq(state == LaneState.NONE),
-                            promotes[rank].eq(has_state(state, *loading_states)),
-                            hits[rank].eq(has_state(state, *resident_states)),
-                        ]
                     m.next = "PIN"
-                with m.Else():
-                    m.d.comb += [
-                        counter["illegal"].eq(1),
-                        *emit(EventKind.ILLEGAL, flag=0, layer=route.layer),
-                    ]
-                    m.next = "IDLE"
 
             with m.State("PIN"):
                 # Residents are pinned and loading ones become demands, the whole row at once; the
                 # first missing expert takes a free slot, or the search for a victim begins.
-                first_missing = event_experts[pending_rank]
                 m.d.sync += op_expert.eq(first_missing)
-                start_now = Signal()
                 if c.look > 1:
                     m.d.comb += gate.late.eq(
                         sum(state == LaneState.LOADING_PREFETCH for state in rank_state)
                     )
                 m.d.comb += [
-                    starting.eq(1),
                     gate.event.eq(1),
                     gate.idle.eq(idle_link),
                     gate.good.eq(
@@ -1234,9 +1298,7 @@ class SlotManager(wiring.Component):
                             for rank in range(top_k)
                         )
                     ),
-                    judging.eq(1),
                     disproved_changes.eq(1),
-                    queue.flush.eq(1),
                     table.row_write.eq(1),
                     table.ready_sub.eq(
                         sum(
@@ -1244,41 +1306,36 @@ class SlotManager(wiring.Component):
                             for rank in range(top_k)
                         )
                     ),
-                    start_now.eq((pending != 0) & free.r_rdy & ~self.hold),
-                    self.start.valid.eq(start_now),
-                    start_expert.eq(first_missing),
-                    start_slot.eq(free.r_data),
-                    free.r_en.eq(taking),
                 ]
                 for e in range(experts):
-                    resident = has_state(row_taken[e], *resident_states)
                     on_its_way = has_state(row_taken[e], *loading_states)
-                    m.d.comb += [
-                        table.row_write_data[e].eq(
-                            Mux(resident, LaneState.PINNED, LaneState.LOADING_DEMAND)
-                        ),
-                        table.row_write_lanes[e].eq(event_set[e] & (resident | on_its_way)),
-                    ]
+                    m.d.comb += table.row_write_lanes[e].eq(
+                        event_set[e] & (resident_taken[e] | on_its_way)
+                    )
                     m.d.sync += disproved[e].eq(
                         (row_taken[e] == LaneState.LOADING_PREFETCH) & ~event_set[e]
                     )
-                m.d.sync += demand_begun.eq(taking)
+                m.d.sync += [
+                    demand_begun.eq(taking),
+                    judging.eq(1),
+                    flushing.eq(1),
+                    written_state.eq(LaneState.LOADING_DEMAND),
+                ]
                 with m.If(taking):
-                    m.d.sync += pending.eq(pending & (pending - 1))
-                with m.Elif((pending != 0) & self.start.ready & (free.level == 0)):
+                    m.d.sync += [pending.eq(later_pending), demanding.eq(later_pending != 0)]
+                # Never both: nothing starts without a free slot.
+                with m.If(demanding & self.start.ready & none_free):
                     m.d.comb += chooser.start.eq(1)
-                    m.d.sync += searching.eq(1)
+                    m.d.sync += [searching.eq(1), of_victim.eq(1)]
                 m.next = "JUDGE"
             with m.State("JUDGE"):
                 m.d.comb += [
-                    judging.eq(1),
-                    queue.flush.eq(1),
                     # The demand that has begun in the cycle before: its lane is `op_lane`.
                     table.row_write.eq(demand_begun),
-                    *(table.row_write_data[e].eq(LaneState.LOADING_DEMAND) for e in range(experts)),
                 ]
                 m.d.sync += demand_begun.eq(0)
                 judged = judged_all & ~stage1 & ~stage2 & ~queue.removed & ~gate.busy
+                m.d.sync += [judging.eq(~judged), flushing.eq(~judged)]
                 with m.If(judged & gate.changed):
                     m.d.comb += emit(
                         EventKind.THRESHOLD,
@@ -1288,10 +1345,66 @@ class SlotManager(wiring.Component):
                     )
                 with m.If(judged):
                     with m.If(searching):
-                        m.d.sync += of_victim.eq(1)
                         m.next = "SEARCH"
                     with m.Else():
                         m.next = "IDLE"
+
+        for e in range(experts):
+            m.d.comb += table.row_write_data[e].eq(
+                Mux(in_pin & resident_taken[e], LaneState.PINNED, written_state)
+            )
+        route_states = [Signal(LaneState, name=f"route_state_{rank}") for rank in range(top_k)]
+        # What ROUTE and RELEASED do, as above the handshake: straight from a register.
+        with m.If(in_route):
+            m.d.comb += self.route.ready.eq(1)
+            m.d.sync += searching.eq(0)
+        with m.If(in_route & ~legal):
+            m.d.comb += [
+                counter["illegal"].eq(1),
+                *emit(EventKind.ILLEGAL, flag=0, layer=route.layer),
+            ]
+        with m.If(in_route & legal):
+            m.d.comb += [
+                outstanding_add.eq(top_k),
+                counter["routes"].eq(1),
+                *emit(EventKind.ROUTE, layer=route.layer, data=route.experts.as_value()),
+            ]
+            last = route.layer == layers - 1
+            m.d.sync += [
+                event_layer.eq(route.layer),
+                event_set.eq(event_next),
+                token_taken.eq(~last),
+                expected_layer.eq(Mux(last, 0, route.layer + 1)),
+                demand_blocked.eq(0),
+                prefetch_blocked.eq(0),
+                in_pin.eq(1),
+                judging.eq(1),
+                flushing.eq(1),
+                written_state.eq(LaneState.LOADING_DEMAND),
+            ]
+            m.d.sync += demanding.eq(Cat(state == LaneState.NONE for state in route_states).any())
+        m.d.sync += row_taken.eq(table.row)
+        for rank, state in enumerate(route_states):
+            # The lane's bit is known a cycle ahead: less deep than a multiplexer.
+            m.d.comb += Value.cast(state).eq(
+                Cat(
+                    Cat(
+                        event_hot[rank][e] & Value.cast(table.row[e])[bit] for e in range(experts)
+                    ).any()
+                    for bit in range(len(Value.cast(state)))
+                )
+            )
+            with m.If(in_route & legal):
+                m.d.sync += [
+                    event_experts[rank].eq(event_lanes[rank]),
+                    rank_state[rank].eq(state),
+                    pending[rank].eq(state == LaneState.NONE),
+                    missed[rank].eq(state == LaneState.NONE),
+                    promotes[rank].eq(has_state(state, *loading_states)),
+                    hits[rank].eq(has_state(state, *resident_states)),
+                ]
+        with m.If(in_released):
+            m.d.sync += [op_layer.eq(table.info.layer), op_expert.eq(table.info.expert)]
 
         with m.If(cancelling):
             m.d.comb += [

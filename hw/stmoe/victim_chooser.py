@@ -51,8 +51,8 @@ class _LowestValue(wiring.Component):
             for i in range(0, len(nodes), 2):
                 pair = nodes[i : i + 2]
                 found = Signal(name=f"found_{level}_{i}")
-                value = Signal(signed(c.value_bits), name=f"value_{level}_{i}")
-                lane = Signal(lane_width, name=f"lane_{level}_{i}")
+                value = Signal(signed(c.value_bits), name=f"value_{level}_{i}", reset_less=True)
+                lane = Signal(lane_width, name=f"lane_{level}_{i}", reset_less=True)
                 if len(pair) == 1:
                     ((f, v, n),) = pair
                     m.d.sync += [found.eq(f), value.eq(v), lane.eq(n)]
@@ -113,13 +113,11 @@ class VictimChooser(wiring.Component):
     start : In
         One cycle; the other inputs hold until ``done``, ``demand`` until the answer is used.
     demand, load_layer, load_expert, latest_layer, current_set : In
-    row_layer, row : Out, In
-        The expert map's row port.
     score_layer : Out
-        ``row_layer`` of the next cycle; while not ``busy`` it is ``load_layer``, whose scores are
-        asked for in the cycle of ``start``.
-    score, use : In
-        Rows of the ``score_layer`` of two cycles before, so of the same layer as ``row``.
+        Layer whose row is looked at two cycles later. While not ``busy`` it is ``load_layer``,
+        whose scores are asked for in the cycle of ``start``.
+    row, score, use : In
+        Of the ``score_layer`` of two cycles before: lanes of the expert map, and the predictor's.
     score_fold : Out
         Only where there are several: which fold of ``score_layer``.
     wait : In
@@ -131,7 +129,9 @@ class VictimChooser(wiring.Component):
         From the cycle after ``start`` until ``done``.
     done, found, admitted, layer, expert : Out
         ``admitted``: found, and for a prefetch its value with ``config.admission_bonus`` is more
-        than the victim's. All are registers.
+        than the victim's. All are registers, and of use only with ``done``.
+    layer_ahead, expert_ahead : Out
+        ``layer`` and ``expert`` of the next cycle.
     """
 
     def __init__(self, config: EngineConfig):
@@ -146,7 +146,6 @@ class VictimChooser(wiring.Component):
                 "load_expert": In(lane_bits(c)),
                 "latest_layer": In(c.layer_bits),
                 "current_set": In(experts),
-                "row_layer": Out(c.layer_bits),
                 "score_layer": Out(c.layer_bits),
                 **folds,
                 "row": In(data.ArrayLayout(LaneState, experts)),
@@ -160,6 +159,8 @@ class VictimChooser(wiring.Component):
                 "admitted": Out(1),
                 "layer": Out(c.layer_bits),
                 "expert": Out(lane_bits(c)),
+                "layer_ahead": Out(c.layer_bits),
+                "expert_ahead": Out(lane_bits(c)),
             }
         )
 
@@ -201,7 +202,10 @@ class VictimChooser(wiring.Component):
         m.d.sync += layer.eq(layer_next)
         excluding = Signal()
         everywhere = Signal()
-        value = [Signal(signed(c.value_bits), name=f"lane_value_{e}") for e in range(lanes)]
+        value = [
+            Signal(signed(c.value_bits), name=f"lane_value_{e}", reset_less=True)
+            for e in range(lanes)
+        ]
         mask = Signal(lanes)
         # What is to be loaded goes through the tree as well, alone and ahead of the walk.
         candidate_value = Signal(signed(c.value_bits))
@@ -245,15 +249,19 @@ class VictimChooser(wiring.Component):
                 self.layer.eq(layer),
                 self.expert.eq(lowest.lane),
             ]
+            m.d.comb += keeps.eq(1)
+
+        keeps = Signal()
+        m.d.comb += [
+            self.layer_ahead.eq(Mux(keeps, layer, self.layer)),
+            self.expert_ahead.eq(Mux(keeps, lowest.lane, self.expert)),
+        ]
 
         before, last = Signal(c.layer_bits), Signal()
-        m.d.comb += before.eq(Mux(layer == 0, layers - 1, layer - 1))
+        m.d.sync += before.eq(Mux(layer_next == 0, layers - 1, layer_next - 1))
 
         with m.FSM() as fsm:
-            m.d.comb += [
-                self.busy.eq(~self.done),
-                self.row_layer.eq(Mux(self.done, self.load_layer, layer)),
-            ]
+            m.d.comb += self.busy.eq(~self.done)
             # A cycle ahead: the score memory has a register of its own for the address.
             if c.folds == 1:
                 m.d.comb += self.score_layer.eq(Mux(self.done, self.load_layer, layer_next))
@@ -268,7 +276,7 @@ class VictimChooser(wiring.Component):
                     excluding.eq(1),
                 ]
                 with m.If(self.start):
-                    m.d.sync += [self.done.eq(0), self.found.eq(0), self.admitted.eq(0)]
+                    m.d.sync += self.done.eq(0)
                     m.next = "CANDIDATE" if c.folds == 1 else "WAIT"
             if c.folds > 1:
                 with m.State("WAIT"):
@@ -327,6 +335,8 @@ class VictimChooser(wiring.Component):
                 with m.If(count == lowest.levels):
                     with m.If(~everywhere):
                         keep()
+                        # Where the walk goes on from, if it does: from here `layer` is not used.
+                        m.d.comb += layer_next.eq(self.latest_layer)
                     with m.If(everywhere):
                         m.next = "KEEP"
                     with m.Elif(lowest.found):
@@ -340,7 +350,6 @@ class VictimChooser(wiring.Component):
                             excluding.eq(0),
                             last.eq(0),
                         ]
-                        m.d.comb += layer_next.eq(self.latest_layer)
                         m.next = "NEXT"
                     with m.Else():
                         m.d.sync += self.done.eq(1)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..compare import compare
+from ..compare import available_cores, compare
 from ..config import ConfigError, EngineConfig, preset
 from ..policies.registry import POLICIES
 from ..replay import ReplayResult, replay_trace
@@ -254,6 +254,7 @@ def study_of_sim(
         policies=policies,
         occupancy=True,
         timeline=spans,
+        threads=available_cores(),
     )
     facts = _facts(trace, config) + [("load ratio r", f"{ratio:.3g}")]
     if machine is not None:

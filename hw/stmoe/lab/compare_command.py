@@ -163,7 +163,7 @@ def compare_command(options: argparse.Namespace, write: Callable[[str], None]) -
             f"argument --load-ratio: must be 0.01 to 100, not {options.load_ratio:g}"
         )
     names = list(POLICIES) if options.policies is None else policy_names(options.policies)
-    from stmoe_golden.compare import compare
+    from stmoe_golden.compare import available_cores, compare
     from stmoe_golden.energy import EnergyError
     from stmoe_golden.timing import TimingError
 
@@ -179,6 +179,7 @@ def compare_command(options: argparse.Namespace, write: Callable[[str], None]) -
             dtype=options.dtype,
             energy=_energies(options.energy),
             progress=_progress if sys.stderr.isatty() else None,
+            threads=available_cores(),
         )
     except (TraceError, PolicyError, EnergyError, TimingError) as error:
         raise CommandError(str(error)) from None
