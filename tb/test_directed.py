@@ -824,7 +824,7 @@ async def switches_change_with_prefetches_in_every_state(dut) -> None:
     """Prefetching, learning, the adaptive gate, kinds of predictor, quotas, thresholds and segments
     change under load, each while prefetches are queued, loading, promoted and draining."""
     tb, seen = GatedTraffic(dut, CONFIG), Tally[str]()
-    for seed in range(1, 4):
+    for seed in range(1, 7):
         await tb.reset(seed)
         await tb.program_segments()
         legal_traffic(tb)

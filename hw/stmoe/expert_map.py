@@ -61,8 +61,9 @@ class ExpertMap(wiring.Component):
     Three memories, each with one synchronous read port (one cycle) and one write port: the state
     of every expert (a row of E lanes per layer), the slot and transfer of every expert, and the
     expert and pins of every slot. What is written goes through a register first: a read sees the
-    writes of all cycles before it but the last. Beside them, registers count each layer's slots
-    that are not free and its evictable ones.
+    writes of all cycles before it but the last. Of a place, or of a slot's expert and pins, the
+    synthesised map gives anything when it is read in the cycle after it was written. Beside them,
+    registers count each layer's slots that are not free and its evictable ones.
 
     Parameters
     ----------
