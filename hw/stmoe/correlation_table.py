@@ -8,6 +8,7 @@ from amaranth.lib import data, memory, wiring
 from amaranth.lib.wiring import In, Out
 
 from .learner import DELTA_BITS, RowUpdate
+from .synthesis import ANY_ON_COLLISION
 
 __all__ = ["CorrelationTable"]
 
@@ -80,10 +81,9 @@ class CorrelationTable(wiring.Component):
             shape=unsigned(self.weights.shape().size),
             depth=max(2, self.rows),
             init=[],
-            # Yosys: a row is never needed in the cycle in which it is written, so do not build
-            # what makes that read well defined (two registers and a multiplexer a bit). A wide row
-            # goes to block RAM even if there are few: the address of LUT RAM goes to every bit.
-            attrs={"no_rw_check": 1, **({"ram_style": "block"} if wide else {})},
+            # A wide row goes to block RAM even if there are few: the address of LUT RAM goes to
+            # every bit.
+            attrs=ANY_ON_COLLISION | ({"ram_style": "block"} if wide else {}),
         )
         read, write = ram.read_port(), ram.write_port()
 

@@ -10,12 +10,9 @@ from amaranth.lib.wiring import In, Out
 
 from stmoe_golden.config import EngineConfig
 
-__all__ = ["ExpertMap", "LaneState", "lane_bits", "pin_bits", "slot_info_layout"]
+from .synthesis import ANY_ON_COLLISION
 
-ANY_ON_COLLISION = {"no_rw_check": 1}
-"""Attributes of a memory of which nothing is used that was read in the cycle of a write to the same
-word: synthesis need not add comparators and multiplexers to make that the old word.
-``tb/test_collisions.py`` has such reads give rubbish."""
+__all__ = ["ExpertMap", "LaneState", "lane_bits", "pin_bits", "slot_info_layout"]
 
 
 class LaneState(enum.Enum, shape=3):

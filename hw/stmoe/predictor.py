@@ -18,13 +18,10 @@ from .learner import Learner, use_layout
 from .payloads import selection_layout
 from .score_memory import ScoreMemory, score_layout
 from .selector import Selector
+from .synthesis import GROUPS, group_register
 from .table_reader import TableReader, table_index_layout
 
 __all__ = ["Predictor", "route_layout", "token_layout"]
-
-COPIES = 4
-"""Registers that say the same to all lanes of the sums, each to a part of them. Synthesis merges
-equal flip-flops into one, so these differ in how they start and whether they are reset."""
 
 
 def token_layout() -> data.StructLayout:
@@ -97,7 +94,7 @@ class _RowSum(wiring.Component):
         self.total_bits = (gain * lowest - 1).bit_length() + 1
         if c.folds == 1:
             # The same for every group of lanes.
-            members = {"clear": In(COPIES), "load": In(COPIES), "add": In(COPIES)}
+            members = {"clear": In(GROUPS), "load": In(GROUPS), "add": In(GROUPS)}
         else:
             members = {
                 "load": In(1),
@@ -123,7 +120,7 @@ class _RowSum(wiring.Component):
         for e in range(self.config.num_lanes):
             partial = Signal(signed(self.partial_bits), name=f"partial_{e}")
             total = self.total[e]
-            group = e * COPIES // self.config.num_lanes
+            group = e * GROUPS // self.config.num_lanes
             with m.If(self.clear[group]):
                 m.d.sync += [partial.eq(0), total.eq(0)]
             with m.Else():
@@ -313,10 +310,8 @@ class Predictor(wiring.Component):
             return line
 
         def copies(signal, name):
-            """``signal`` as it was in the cycle before, :data:`COPIES` times."""
-            lines = [
-                Signal(name=f"{name}_{n}", init=n & 1, reset_less=n & 2 != 0) for n in range(COPIES)
-            ]
+            """``signal`` as it was in the cycle before, for each group of lanes."""
+            lines = [group_register(1, n, f"{name}_{n}") for n in range(GROUPS)]
             m.d.sync += [line.eq(signal) for line in lines]
             return Cat(*lines)
 

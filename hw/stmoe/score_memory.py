@@ -10,11 +10,9 @@ from amaranth.lib.wiring import In, Out
 from stmoe_golden.config import USE_BITS, EngineConfig
 
 from .learner import use_layout
+from .synthesis import ANY_ON_COLLISION, GROUPS, group_register
 
 __all__ = ["ScoreMemory", "score_layout"]
-
-GROUPS = 4
-"""Address registers; all lanes are divided among them."""
 
 
 def score_layout(config: EngineConfig) -> data.ArrayLayout:
@@ -119,7 +117,7 @@ class ScoreMemory(wiring.Component):
                     depth=max(2, rows),
                     init=[],
                     # No row of block RAM is needed that is read as it is written.
-                    attrs={"no_rw_check": 1} if c.folds > 1 else {},
+                    attrs=ANY_ON_COLLISION if c.folds > 1 else {},
                 )
                 write = ram.write_port()
                 if c.folds > 1:
@@ -127,15 +125,9 @@ class ScoreMemory(wiring.Component):
                     m.d.comb += read.addr.eq(read_layer)
                 else:
                     # The registers of the port are written out: the address for its own sake, the
-                    # data because they can be blanked. Synthesis merges equal flip-flops into one,
-                    # so these differ, bit by bit, in how they start and whether they are reset.
+                    # data because they can be blanked.
                     read = ram.read_port(domain="comb")
-                    address = Signal(
-                        bits,
-                        name=f"{name}_{group}_layer",
-                        init=-(group & 1) % (1 << bits),
-                        reset_less=group & 2 != 0,
-                    )
+                    address = group_register(bits, group, f"{name}_{group}_layer")
                     m.d.sync += address.eq(read_layer)
                     m.d.comb += read.addr.eq(address)
                 data_read = Signal(len(part), name=f"{name}_{group}_read", reset_less=True)

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tells synthesis something and changes nothing else."""
+
+from __future__ import annotations
+
+from amaranth.hdl import Signal
+
+__all__ = ["ANY_ON_COLLISION", "GROUPS", "group_register"]
+
+ANY_ON_COLLISION = {"no_rw_check": 1}
+"""Attributes of a memory of which nothing is used that was read in the cycle of a write to the same
+word: Yosys need not add registers, comparators and multiplexers to make that the old word.
+``tb/test_collisions.py`` has such reads give rubbish."""
+
+GROUPS = 4
+"""Groups of lanes that have a :func:`group_register` each; there are no more kinds of them."""
+
+
+def group_register(width: int, group: int, name: str) -> Signal:
+    """A register for one of :data:`GROUPS` groups of lanes, all of which hold the same.
+
+    Synthesis merges equal flip-flops into one, so these differ, bit by bit, in how they start and
+    whether they are reset.
+    """
+    return Signal(width, name=name, init=-(group & 1) % (1 << width), reset_less=group & 2 != 0)
