@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared_objects import shared_objects
+from shared_objects import keeps, shared_objects
 from simulation import BUILD, OBJECTS, ROOT, find_verilator
 from stmoe.harness.board_protocol import DEFAULT_BAUD
 from stmoe.harness.board_top import BoardTop
@@ -83,6 +83,7 @@ def build_board(
             return program
         (folder / f"{TOP}.v").write_text(text)
         command = [str(find_verilator() / "verilator"), *args, "-j", str(os.cpu_count() or 2)]
+        command += ["-MAKEFLAGS", " ".join(keeps(f"V{TOP}"))]
         command += ["--Mdir", "model", "-o", program.name, f"{TOP}.v", str(SOURCE)]
         environment = dict(os.environ)
         if shutil.which("ccache"):

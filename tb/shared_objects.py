@@ -3,7 +3,8 @@
 
 Every model is linked with the same few files of Verilator (``verilated.cpp`` and so on). They take
 g++ longer than a small design does, so their objects are kept in ``build/objects`` and put into the
-folder of the next model before it is made; make finds them newer than their sources.
+folder of the next model before it is made; make finds them newer than their sources. It must be
+called with :func:`keeps`, as the model's own makefile, which is newer still, is a source of theirs.
 """
 
 from __future__ import annotations
@@ -15,10 +16,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["shared_objects"]
+__all__ = ["keeps", "shared_objects"]
 
 PATTERN = "verilated*.o"
 """What of a model does not depend on the design."""
+
+
+def keeps(prefix: str) -> list[str]:
+    """Arguments of make: nothing is made anew because the model's makefile is new."""
+    return ["-o", f"{prefix}.mk"]
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from unittest import mock
 
 import numpy as np
 
-from simulation import BUILD, ROOT, build_model
+from simulation import BENCHES, BUILD, ROOT, build_model
 from stmoe.harness.buffer_memory import BufferPlace
 from stmoe.harness.content_checker import AddressMap
 from stmoe.harness.harness import MEMORY_INPUTS
@@ -446,6 +446,7 @@ def _simulate(folder: Path, out_dir: Path, settings: dict[str, Any], waves: bool
     extra = {
         "STMOE_SIM": json.dumps(settings),
         "COCOTB_LOG_LEVEL": "WARNING",
+        "COCOTB_REWRITE_ASSERTION_FILES": BENCHES,
         "PYTHONPATH": os.pathsep.join([str(path) for path in paths] + [p for p in sys.path if p]),
     }
     results = out_dir / "results.xml"

@@ -23,7 +23,7 @@ from amaranth.hdl import Elaboratable, Module
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import Out
 
-from shared_objects import shared_objects
+from shared_objects import keeps, shared_objects
 from stmoe.verilog_writer import convert
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +33,10 @@ IN_REPO = ROOT / "sim_traces" / "olmoe_stdlib_8x32.npz"
 SHARED = ROOT.parent / "shared" / "traces"
 """Real routing of large models: no part of the project, and often not here."""
 GPT_OSS = SHARED / "gpt_oss_20b_decode.npz"
+
+BENCHES = "test_*.py *_bench.py harness_sim.py"
+"""Files in which a failed ``assert`` shows its values. Cocotb would have every file that a bench
+imports rewritten for that, all of Amaranth and numpy too: three seconds of each simulation."""
 
 os.environ.setdefault("AMARANTH_USE_YOSYS", "builtin")
 
@@ -100,8 +104,9 @@ def build_model(
     class Runner(Verilator):
         def _build_command(self):
             commands = super()._build_command()
-            commands[0].remove("--public-flat-rw")
-            return commands
+            verilator, make = commands
+            verilator.remove("--public-flat-rw")
+            return [verilator, [*make, *keeps("Vtop")]]
 
     source = folder / f"{top}.v"
     source.write_text(text)
@@ -200,6 +205,7 @@ def run_bench(
     paths = [str(ROOT / "tb"), str(ROOT / "hw"), str(ROOT / "golden")]
     extra["PYTHONPATH"] = os.pathsep.join(paths + [p for p in sys.path if p])
     extra.setdefault("COCOTB_LOG_LEVEL", "WARNING")
+    extra["COCOTB_REWRITE_ASSERTION_FILES"] = BENCHES
     tag = f"{testcase or 'all'}-{seed}"
     results = folder / f"results-{tag}.xml"
     results.unlink(missing_ok=True)
