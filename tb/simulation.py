@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,16 @@ def unpack(layout: data.StructLayout, value: int) -> dict[str, Any]:
         else:
             result[name] = bits
     return result
+
+
+def reader(signal: Any) -> Callable[[], int]:
+    """A function that reads a signal of the simulation as an integer, without its sign.
+
+    Four times as fast as ``int(signal.value)``, which makes an object of every bit; for what is
+    looked at in every cycle.
+    """
+    bits = signal._handle.get_signal_val_binstr
+    return lambda: int(bits(), 2)
 
 
 def build_model(

@@ -24,7 +24,7 @@ from cocotbext.axi.axil_channels import (
     AxiLiteWTransaction,
 )
 
-from simulation import run_bench, seeds, unpack
+from simulation import reader, run_bench, seeds, unpack
 from stmoe.axil_flat import connect_axil, flat_axil_ports
 from stmoe.payloads import segment_layout, segment_write_layout
 from stmoe.register_map import COUNTER_INDEX, COUNTERS, Access, quota_bits, registers
@@ -130,11 +130,27 @@ bench = cocotb.test(timeout_time=4, timeout_unit="ms")
 """Every bench ends in 400,000 cycles, or fails."""
 
 
+WATCHED = (
+    *("rst", "cycle", "increment", "prefetching", "learning", "ordered", "adaptive", "threshold"),
+    *("quota", "kinds", "segment_bank", "old_segments", "read_request", "read_index", "committed"),
+    *("commit_request", "commit_grant", "threshold_changed", "segment_write__payload"),
+    *("s_axil_bresp", "s_axil_rdata", "s_axil_rresp"),
+    *(
+        f"{channel}{end}"
+        for channel in (*(f"s_axil_{n}" for n in ("aw", "w", "b", "ar", "r")), "segment_write__")
+        for end in ("valid", "ready")
+    ),
+)
+"""Signals that are looked at in every cycle."""
+
+
 class TB:
     """Clock, bus master with random stalls, checks that hold in every cycle."""
 
     def __init__(self, dut) -> None:
         self.dut = dut
+        self.now = {name: reader(getattr(dut, name)) for name in WATCHED}
+        self.edge = RisingEdge(dut.clk)
         cocotb.start_soon(Clock(dut.clk, 10, unit="ns").start())
         self.master = AxiLiteMaster(AxiLiteBus.from_prefix(dut, "s_axil"), dut.clk, dut.rst)
         self.aw = self.master.write_if.aw_channel
@@ -181,147 +197,167 @@ class TB:
 
     async def cycles(self, count: int) -> None:
         for _ in range(count):
-            await RisingEdge(self.dut.clk)
+            await self.edge
 
     def active(self):
         """The active configuration, as sampled now."""
-        dut = self.dut
+        now = self.now
+        sign = 1 << (CONFIG.score_bits - 1)
         return (
-            int(dut.prefetching.value),
-            int(dut.learning.value),
-            int(dut.ordered.value),
-            int(dut.adaptive.value),
-            dut.threshold.value.to_signed(),
-            int(dut.quota.value),
-            int(dut.kinds.value),
+            now["prefetching"](),
+            now["learning"](),
+            now["ordered"](),
+            now["adaptive"](),
+            (now["threshold"]() ^ sign) - sign,
+            now["quota"](),
+            now["kinds"](),
         )
 
     async def _take_segments(self) -> None:
+        ready, was = self.dut.segment_write__ready, None
         while True:
-            self.dut.segment_write__ready.value = self.rng.random() >= self.stall_ready
-            await RisingEdge(self.dut.clk)
+            if (is_ready := self.rng.random() >= self.stall_ready) != was:
+                ready.value = was = is_ready
+            await self.edge
 
     async def _use_segments(self) -> None:
         """Loads that keep to the segments before a commit."""
-        dut, bank = self.dut, 0
+        old, rst, bank_now = self.dut.old_segments, self.now["rst"], self.now["segment_bank"]
+        bank, old.value = 0, 0
         while True:
-            dut.old_segments.value = 0
-            await RisingEdge(dut.clk)
-            if dut.rst.value == 1:
+            await self.edge
+            if rst():
                 bank = 0
-            elif bank != int(dut.segment_bank.value):
+            elif bank != bank_now():
                 bank ^= 1
-                dut.old_segments.value = 1
+                old.value = 1
                 left = self.rng.randrange(self.longest_use // 4, self.longest_use)
-                while left and dut.rst.value == 0:
-                    await RisingEdge(dut.clk)
+                while left and not rst():
+                    await self.edge
                     left -= 1
-                bank = int(dut.rst.value == 0 and bank)
+                bank = int(not rst() and bank)
+                old.value = 0
 
     def segments(self) -> dict[tuple[int, int], int]:
         """The active set, as far as it was handed over: (layer, segment) to value."""
-        return self.sets[int(self.dut.segment_bank.value)]
+        return self.sets[self.now["segment_bank"]()]
 
     async def _give_weights(self) -> None:
         """Answers requests for weights, now and then after so long that the reader gives up."""
-        dut = self.dut
+        requested, index = self.now["read_request"], self.now["read_index"]
+        valid, value = self.dut.read_valid, self.dut.read_value
         while True:
-            dut.read_valid.value = 0
-            dut.read_value.value = self.rng.getrandbits(len(dut.read_value))
-            await RisingEdge(dut.clk)
-            if dut.read_request.value != 1:
+            valid.value = 0
+            value.value = self.rng.getrandbits(len(value))
+            await self.edge
+            if not requested():
                 continue
-            asked = int(dut.read_index.value)
+            asked = index()
             for _ in range(self.rng.choice((0, 1, 4, 30)) if self.patient else 5000):
-                await RisingEdge(dut.clk)
-                if dut.read_request.value != 1:
+                await self.edge
+                if not requested():
                     break
             else:
-                assert int(dut.read_index.value) == asked, "the index moved while it was asked for"
-                dut.read_valid.value = 1
-                dut.read_value.value = weight_at(**unpack(table_index_layout(CONFIG), asked))
-                await RisingEdge(dut.clk)
-                assert dut.read_request.value == 1, "a request was withdrawn early"
+                assert index() == asked, "the index moved while it was asked for"
+                valid.value = 1
+                value.value = weight_at(**unpack(table_index_layout(CONFIG), asked))
+                await self.edge
+                assert requested(), "a request was withdrawn early"
 
     async def _watch(self) -> None:
         """Protocol and configuration rules; counts what happens."""
-        dut = self.dut
-        channels = {
-            "b": ([dut.s_axil_bresp], dut.s_axil_bvalid, dut.s_axil_bready),
-            "r": ([dut.s_axil_rdata, dut.s_axil_rresp], dut.s_axil_rvalid, dut.s_axil_rready),
-            "segment_write": (
-                [dut.segment_write__payload],
-                dut.segment_write__valid,
-                dut.segment_write__ready,
-            ),
-        }
+        edge, now = self.edge, self.now
+        rst, cycle_now, bank_now = now["rst"], now["cycle"], now["segment_bank"]
+        requested, granted, committed = (
+            now[name] for name in ("commit_request", "commit_grant", "committed")
+        )
+        threshold_changed, increments = now["threshold_changed"], now["increment"]
+        channels = [
+            (
+                name,
+                [now[payload] for payload in payloads],
+                now[f"{prefix}valid"],
+                now[f"{prefix}ready"],
+            )
+            for name, prefix, payloads in (
+                ("b", "s_axil_b", ["s_axil_bresp"]),
+                ("r", "s_axil_r", ["s_axil_rdata", "s_axil_rresp"]),
+                ("segment_write", "segment_write__", ["segment_write__payload"]),
+            )
+        ]
+        requests = [
+            (name, now[f"s_axil_{name}valid"], now[f"s_axil_{name}ready"])
+            for name in ("aw", "w", "ar")
+        ]
         while True:
             held = {}
             active = None
             cycle = None
             request = grant = 0
-            self.counts = [0] * len(COUNTERS)
+            self.counts = counts = [0] * len(COUNTERS)
             self.sets = ({}, {})
             self.bank_changes = 0
             bank = 0
             self.commits = 0
             self.threshold_changes = 0
-            self.taken = Tally()  # handshakes of each channel
+            self.taken = taken = Tally()  # handshakes of each channel
             self.last_taken = {}  # cycle of the latest
-            while dut.rst.value != 1:  # a bench begins where the one before it ended
-                await RisingEdge(dut.clk)
-            while dut.rst.value == 1:
-                await RisingEdge(dut.clk)
-            while dut.rst.value == 0:
-                for name, (payload, valid, ready) in channels.items():
-                    now = tuple(int(signal.value) for signal in payload)
-                    if name in held:
-                        assert valid.value == 1, f"{name}: valid fell without ready"
-                        assert held[name] == now, f"{name}: payload changed while waiting"
-                    held.pop(name, None)
-                    if valid.value == 1 and ready.value == 0:
-                        held[name] = now
-                    elif valid.value == 1:
-                        self.taken[name] += 1
+            while not rst():  # a bench begins where the one before it ended
+                await edge
+            while rst():
+                await edge
+            while not rst():
+                for name, payload, valid, ready in channels:
+                    if not valid():
+                        assert name not in held, f"{name}: valid fell without ready"
+                        continue
+                    offered = tuple(read() for read in payload)
+                    assert held.pop(name, offered) == offered, (
+                        f"{name}: payload changed while waiting"
+                    )
+                    if not ready():
+                        held[name] = offered
+                    else:
+                        taken[name] += 1
                         if name == "segment_write":
-                            row = unpack(segment_write_layout(CONFIG), now[0])
-                            assert dut.commit_request.value == 0, "the set is complete"
-                            assert dut.old_segments.value == 0, "the set is in use"
-                            idle = self.sets[1 - int(dut.segment_bank.value)]
+                            row = unpack(segment_write_layout(CONFIG), offered[0])
+                            assert not requested(), "the set is complete"
+                            assert not now["old_segments"](), "the set is in use"
+                            idle = self.sets[1 - bank_now()]
                             idle[row["layer"], row["segment"]] = row["value"]
-                for name in ("aw", "w", "ar"):
-                    valid = getattr(dut, f"s_axil_{name}valid").value == 1
-                    if valid and getattr(dut, f"s_axil_{name}ready").value == 1:
-                        self.taken[name] += 1
-                        self.last_taken[name] = int(dut.cycle.value)
-                assert self.taken["b"] <= min(self.taken["aw"], self.taken["w"])
-                assert self.taken["r"] <= self.taken["ar"]
+                count = cycle_now()
+                for name, valid, ready in requests:
+                    if valid() and ready():
+                        taken[name] += 1
+                        self.last_taken[name] = count
+                assert taken["b"] <= min(taken["aw"], taken["w"])
+                assert taken["r"] <= taken["ar"]
 
-                if active is not None and active != self.active():
-                    assert grant, "active values changed without a commit"
-                if bank != int(dut.segment_bank.value):
+                before, active = active, self.active()
+                assert before in (None, active) or grant, "active values changed without a commit"
+                if bank != bank_now():
                     assert grant, "segments changed without a commit"
                     self.bank_changes += 1
                     bank ^= 1
                 if request:
-                    assert int(dut.commit_request.value) == (not grant)
-                active = self.active()
-                request = dut.commit_request.value == 1
-                grant = request and dut.commit_grant.value == 1
-                assert int(dut.committed.value) == grant
+                    assert requested() == (not grant)
+                request = requested()
+                grant = request and granted()
+                assert committed() == grant
                 self.commits += grant
-                if dut.threshold_changed.value == 1:
+                if threshold_changed():
                     assert grant
                     self.threshold_changes += 1
 
-                now = int(dut.cycle.value)
-                assert cycle is None or self.cycle_moves or now == (cycle + 1) % (1 << 40)
-                assert cycle is not None or now == 0, "the first cycle is 0"
-                cycle = now
-                increment = int(dut.increment.value)
-                for i in range(len(COUNTERS)):
-                    self.counts[i] += increment >> i & 1
-                await RisingEdge(dut.clk)
+                assert cycle is None or self.cycle_moves or count == (cycle + 1) % (1 << 40)
+                assert cycle is not None or count == 0, "the first cycle is 0"
+                cycle = count
+                increment = increments()
+                while increment:
+                    low = increment & -increment
+                    counts[low.bit_length() - 1] += 1
+                    increment ^= low
+                await edge
 
     # Accesses with any strobes; the master itself only writes whole ranges of bytes.
 
