@@ -31,7 +31,7 @@ from cocotbext.axi import (
     AxiWriteBus,
 )
 
-from simulation import pack, unpack
+from simulation import pack, reader, unpack
 from stmoe.payloads import (
     event_layout,
     fill_layout,
@@ -227,6 +227,19 @@ class EngineBench:
             self.memory_channels += [store.aw_channel, store.w_channel, store.b_channel]
         streams = ("grant", "event") if self.behind_axi else ("grant", "fill", "event")
         self.sinks = {name: Sink(getattr(dut, f"m_axis_{name}_tready")) for name in streams}
+        # Stepped with all else: a coroutine for each channel takes longer than the model.
+        self.stalls: dict[Any, Iterator[bool]] = {}
+        self.edge = RisingEdge(dut.clk)
+        self.offers = {
+            name: (getattr(dut, f"s_axis_{name}_tdata"), getattr(dut, f"s_axis_{name}_tvalid"))
+            for name in ("token", "route", "release")
+        }
+        self.read = {name: reader(getattr(dut, f"m_axis_{name}_tdata")) for name in streams}
+        buses = {"axi": ("arid", "araddr", "arlen", "rid", "rresp", "rlast")}
+        if self.behind_axi:
+            buses["axi_buf"] = ("awid", "awaddr", "awlen", "awsize", "awburst", "bid", "bresp")
+        for bus, names in buses.items():
+            self.read |= {name: reader(getattr(dut, f"m_{bus}_{name}")) for name in names}
         self.running = False
         cocotb.start_soon(self._each_cycle())
 
@@ -237,8 +250,8 @@ class EngineBench:
         dut._log.warning("seed %d", seed)
         self.running = False
         dut.rst.value = 1
-        for name in ("token", "route", "release"):
-            getattr(dut, f"s_axis_{name}_tvalid").value = 0
+        for _, valid in self.offers.values():
+            valid.value = 0
         self.cycle = self.quiet = 0
         self.offered: dict[str, Any] = {}
         self.driven = dict.fromkeys(("token", "route", "release"), False)
@@ -281,9 +294,11 @@ class EngineBench:
         for memory in (self.ram, self.store) if self.behind_axi else (self.ram,):
             memory.fails = lambda address: False
             memory.silent = False
+        self.stalls.clear()
         for channel in (*self.axil_channels, *self.memory_channels):
-            channel.set_pause_generator(pauses(random.Random(rng.random())) if stalls else None)
             channel.pause = False
+            if stalls:
+                self.stalls[channel] = pauses(random.Random(rng.random()))
         for sink in self.sinks.values():
             sink.pauses = pauses(random.Random(rng.random())) if stalls else iter(())
         for _ in range(4):
@@ -293,7 +308,13 @@ class EngineBench:
 
     async def cycles(self, count: int) -> None:
         for _ in range(count):
-            await RisingEdge(self.dut.clk)
+            await self.edge
+
+    def let_flow(self, *channels: Any) -> None:
+        """No pauses any more on these channels of the buses."""
+        for channel in channels:
+            self.stalls.pop(channel, None)
+            channel.pause = False
 
     # What a subclass decides -------------------------------------------------------------------
 
@@ -311,32 +332,36 @@ class EngineBench:
 
     async def _each_cycle(self) -> None:
         """All monitors and all stream drivers, in one coroutine for speed."""
-        dut = self.dut
-        edge = RisingEdge(dut.clk)
+        edge = self.edge
+        rst, took_now, waits_now, unstable_now = (
+            reader(getattr(self.dut, name)) for name in ("rst", "took", "waits", "unstable")
+        )
         while True:
             await edge
-            if not self.running or self.cycle == 0 and dut.rst.value == 1:
+            if not self.running or self.cycle == 0 and rst():
                 continue
-            took = int(dut.took.value)
-            assert int(dut.unstable.value) == 0, (
+            took, unstable = took_now(), unstable_now()
+            assert not unstable, (
                 f"cycle {self.cycle}: an offer was withdrawn or changed on "
-                f"{[p for i, p in enumerate(WATCHED) if int(dut.unstable.value) >> i & 1]}"
+                f"{[p for i, p in enumerate(WATCHED) if unstable >> i & 1]}"
             )
             assert not self.bad_writes, self.bad_writes
             if took:
                 self._monitor(took)
-            self.waits = int(dut.waits.value)
+            self.waits = waits_now()
             self.event_waits += self.waits & EVENT > 0
+            for channel, stalls in self.stalls.items():
+                if (pause := next(stalls)) != channel.pause:
+                    channel.pause = pause
             self._drive()
             self.quiet = self.quiet + 1 if not took else 0
             self.cycle += 1
 
     def _payload(self, name: str) -> dict[str, Any]:
-        value = int(getattr(self.dut, f"m_axis_{name}_tdata").value)
-        return unpack(self.layouts[name], value)
+        return unpack(self.layouts[name], self.read[name]())
 
     def _monitor(self, took: int) -> None:
-        dut, cycle, log = self.dut, self.cycle, self.log
+        read, cycle, log = self.read, self.cycle, self.log
         if took & FILL:
             fill = self._payload("fill")
             self._filled(fill["slot"], fill["offset"], fill["data"])
@@ -345,29 +370,19 @@ class EngineBench:
         self.fill_beats += took & (FILL | W) > 0
         if took & AW:
             names = ("awid", "awaddr", "awlen", "awsize", "awburst")
-            index, address, length, size, kind = (
-                int(getattr(dut, f"m_axi_buf_{name}").value) for name in names
-            )
+            index, address, length, size, kind = (read[name]() for name in names)
             assert (1 << size, kind) == (self.config.beat_bytes, 1)
             log["write_addresses"].append((cycle, index, address, length + 1))
         if took & B:
-            answer = (int(dut.m_axi_buf_bid.value), int(dut.m_axi_buf_bresp.value))
-            log["write_answers"].append((cycle, *answer))
+            log["write_answers"].append((cycle, read["bid"](), read["bresp"]()))
         if took & EVENT:
             log["events"].append(Record(**self._payload("event"), delivered=cycle))
         if took & AR:
-            log["addresses"].append(
-                (
-                    cycle,
-                    int(dut.m_axi_arid.value),
-                    int(dut.m_axi_araddr.value),
-                    int(dut.m_axi_arlen.value) + 1,
-                )
-            )
+            log["addresses"].append((cycle, read["arid"](), read["araddr"](), read["arlen"]() + 1))
         if took & R:
-            index, resp = int(dut.m_axi_rid.value), int(dut.m_axi_rresp.value)
+            index, resp = read["rid"](), read["rresp"]()
             self.worst[index] = max(self.worst[index], resp)
-            if dut.m_axi_rlast.value == 1:
+            if read["rlast"]():
                 log["last_beats"].append((cycle, index, self.worst.pop(index)))
         if took & GRANT:
             grant = self._payload("grant")
@@ -451,8 +466,9 @@ class EngineBench:
 
     def _offer(self, name: str, fields: dict[str, Any], what: object = None) -> None:
         self.offered[name] = fields if what is None else what
-        getattr(self.dut, f"s_axis_{name}_tdata").value = pack(self.layouts[name], fields)
-        getattr(self.dut, f"s_axis_{name}_tvalid").value = 1
+        data, valid = self.offers[name]
+        data.value = pack(self.layouts[name], fields)
+        valid.value = 1
         self.driven[name] = True
 
     def offer_token(self, *, new_sequence: bool = False, context: int = 0) -> None:
@@ -473,7 +489,7 @@ class EngineBench:
             sink.step()
         for name, driven in self.driven.items():
             if driven and name not in self.offered:
-                getattr(self.dut, f"s_axis_{name}_tvalid").value = 0
+                self.offers[name][1].value = 0
                 self.driven[name] = False
         if "release" not in self.offered:
             slot = self.next_release()

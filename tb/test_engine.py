@@ -172,9 +172,7 @@ async def random_traffic(dut) -> None:
         checker = tb.check()
         await tb.check_counters(checker)
         moved += tb.taken["relocation"]
-        for channel in tb.axil_channels:
-            channel.set_pause_generator(None)
-            channel.pause = False
+        tb.let_flow(*tb.axil_channels)
         if seed == SEEDS[-1]:
             await tb.check_tables(checker)
         dut._log.warning("seed %d: %d cycles, %d records", seed, tb.cycle, checker.checked)
