@@ -31,7 +31,7 @@ from cocotbext.axi import (
     AxiWriteBus,
 )
 
-from simulation import pack, reader, unpack
+from simulation import Readers, pack, unpack
 from stmoe.payloads import (
     event_layout,
     fill_layout,
@@ -234,12 +234,7 @@ class EngineBench:
             name: (getattr(dut, f"s_axis_{name}_tdata"), getattr(dut, f"s_axis_{name}_tvalid"))
             for name in ("token", "route", "release")
         }
-        self.read = {name: reader(getattr(dut, f"m_axis_{name}_tdata")) for name in streams}
-        buses = {"axi": ("arid", "araddr", "arlen", "rid", "rresp", "rlast")}
-        if self.behind_axi:
-            buses["axi_buf"] = ("awid", "awaddr", "awlen", "awsize", "awburst", "bid", "bresp")
-        for bus, names in buses.items():
-            self.read |= {name: reader(getattr(dut, f"m_{bus}_{name}")) for name in names}
+        self.now = Readers(dut)
         self.running = False
         cocotb.start_soon(self._each_cycle())
 
@@ -334,7 +329,7 @@ class EngineBench:
         """All monitors and all stream drivers, in one coroutine for speed."""
         edge = self.edge
         rst, took_now, waits_now, unstable_now = (
-            reader(getattr(self.dut, name)) for name in ("rst", "took", "waits", "unstable")
+            self.now[name] for name in ("rst", "took", "waits", "unstable")
         )
         while True:
             await edge
@@ -358,10 +353,10 @@ class EngineBench:
             self.cycle += 1
 
     def _payload(self, name: str) -> dict[str, Any]:
-        return unpack(self.layouts[name], self.read[name]())
+        return unpack(self.layouts[name], self.now[f"m_axis_{name}_tdata"]())
 
     def _monitor(self, took: int) -> None:
-        read, cycle, log = self.read, self.cycle, self.log
+        now, cycle, log = self.now, self.cycle, self.log
         if took & FILL:
             fill = self._payload("fill")
             self._filled(fill["slot"], fill["offset"], fill["data"])
@@ -370,19 +365,20 @@ class EngineBench:
         self.fill_beats += took & (FILL | W) > 0
         if took & AW:
             names = ("awid", "awaddr", "awlen", "awsize", "awburst")
-            index, address, length, size, kind = (read[name]() for name in names)
+            index, address, length, size, kind = (now[f"m_axi_buf_{name}"]() for name in names)
             assert (1 << size, kind) == (self.config.beat_bytes, 1)
             log["write_addresses"].append((cycle, index, address, length + 1))
         if took & B:
-            log["write_answers"].append((cycle, read["bid"](), read["bresp"]()))
+            log["write_answers"].append((cycle, now["m_axi_buf_bid"](), now["m_axi_buf_bresp"]()))
         if took & EVENT:
             log["events"].append(Record(**self._payload("event"), delivered=cycle))
         if took & AR:
-            log["addresses"].append((cycle, read["arid"](), read["araddr"](), read["arlen"]() + 1))
+            index, address, length = (now[f"m_axi_ar{name}"]() for name in ("id", "addr", "len"))
+            log["addresses"].append((cycle, index, address, length + 1))
         if took & R:
-            index, resp = read["rid"](), read["rresp"]()
+            index, resp = now["m_axi_rid"](), now["m_axi_rresp"]()
             self.worst[index] = max(self.worst[index], resp)
-            if read["rlast"]():
+            if now["m_axi_rlast"]():
                 log["last_beats"].append((cycle, index, self.worst.pop(index)))
         if took & GRANT:
             grant = self._payload("grant")

@@ -8,6 +8,7 @@ calls :func:`run_bench`, which runs the coroutines of the same file inside the s
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
@@ -63,22 +64,37 @@ def find_verilator() -> Path:
     return verilator_folder()
 
 
+@functools.cache
+def _fields(layout: data.Layout) -> dict[str, tuple[int, int, Any]]:
+    """Offset, width and shape of each field; Amaranth works them out at every look."""
+    return {name: (field.offset, field.width, field.shape) for name, field in layout}
+
+
 def pack(layout: data.Layout, fields: dict[str, Any]) -> int:
     """Integer that holds ``fields`` in ``layout``; nested layouts take dicts or lists."""
-    return layout.const(fields).as_value().value
+    result = 0
+    for name, value in fields.items():
+        offset, width, shape = _fields(layout)[name]
+        if isinstance(shape, data.StructLayout):
+            value = pack(shape, value)
+        elif isinstance(shape, data.ArrayLayout):
+            element = width // shape.length
+            value = sum((v & (1 << element) - 1) << element * i for i, v in enumerate(value))
+        result |= (value & (1 << width) - 1) << offset
+    return result
 
 
 def unpack(layout: data.StructLayout, value: int) -> dict[str, Any]:
     """Fields of a packed integer; nested arrays become lists, signed fields are signed."""
     result: dict[str, Any] = {}
-    for name, field in layout:
-        bits = (value >> field.offset) & ((1 << field.width) - 1)
-        shape = field.shape
+    for name, (offset, width, shape) in _fields(layout).items():
+        bits = (value >> offset) & ((1 << width) - 1)
         if isinstance(shape, data.ArrayLayout):
-            width = field.width // shape.length
-            result[name] = [(bits >> (width * i)) & ((1 << width) - 1) for i in range(shape.length)]
-        elif getattr(shape, "signed", False) and bits >> (field.width - 1):
-            result[name] = bits - (1 << field.width)
+            element = width // shape.length
+            mask = (1 << element) - 1
+            result[name] = [bits >> (element * i) & mask for i in range(shape.length)]
+        elif getattr(shape, "signed", False) and bits >> (width - 1):
+            result[name] = bits - (1 << width)
         else:
             result[name] = bits
     return result
@@ -92,6 +108,18 @@ def reader(signal: Any) -> Callable[[], int]:
     """
     bits = signal._handle.get_signal_val_binstr
     return lambda: int(bits(), 2)
+
+
+class Readers(dict[str, Callable[[], int]]):
+    """The :func:`reader` of each signal of ``dut``, by name, made when it is first asked for."""
+
+    def __init__(self, dut: Any) -> None:
+        super().__init__()
+        self.dut = dut
+
+    def __missing__(self, name: str) -> Callable[[], int]:
+        self[name] = reader(getattr(self.dut, name))
+        return self[name]
 
 
 def build_model(

@@ -24,7 +24,7 @@ from cocotbext.axi.axil_channels import (
     AxiLiteWTransaction,
 )
 
-from simulation import reader, run_bench, seeds, unpack
+from simulation import Readers, run_bench, seeds, unpack
 from stmoe.axil_flat import connect_axil, flat_axil_ports
 from stmoe.payloads import segment_layout, segment_write_layout
 from stmoe.register_map import COUNTER_INDEX, COUNTERS, Access, quota_bits, registers
@@ -130,26 +130,12 @@ bench = cocotb.test(timeout_time=4, timeout_unit="ms")
 """Every bench ends in 400,000 cycles, or fails."""
 
 
-WATCHED = (
-    *("rst", "cycle", "increment", "prefetching", "learning", "ordered", "adaptive", "threshold"),
-    *("quota", "kinds", "segment_bank", "old_segments", "read_request", "read_index", "committed"),
-    *("commit_request", "commit_grant", "threshold_changed", "segment_write__payload"),
-    *("s_axil_bresp", "s_axil_rdata", "s_axil_rresp"),
-    *(
-        f"{channel}{end}"
-        for channel in (*(f"s_axil_{n}" for n in ("aw", "w", "b", "ar", "r")), "segment_write__")
-        for end in ("valid", "ready")
-    ),
-)
-"""Signals that are looked at in every cycle."""
-
-
 class TB:
     """Clock, bus master with random stalls, checks that hold in every cycle."""
 
     def __init__(self, dut) -> None:
         self.dut = dut
-        self.now = {name: reader(getattr(dut, name)) for name in WATCHED}
+        self.now = Readers(dut)
         self.edge = RisingEdge(dut.clk)
         cocotb.start_soon(Clock(dut.clk, 10, unit="ns").start())
         self.master = AxiLiteMaster(AxiLiteBus.from_prefix(dut, "s_axil"), dut.clk, dut.rst)

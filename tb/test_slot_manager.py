@@ -26,7 +26,7 @@ from amaranth.lib.wiring import In
 from cocotb.clock import Clock
 from cocotb.triggers import RisingEdge
 
-from simulation import pack, run_bench, seeds, unpack
+from simulation import Readers, pack, run_bench, seeds, unpack
 from stmoe.payloads import (
     completion_layout,
     grant_layout,
@@ -133,6 +133,10 @@ CONFIG = CONFIGS[os.environ.get("CONFIG", "crowded")]
 SEEDS = json.loads(os.environ.get("SEEDS", "[1]"))
 RECORD, LOAD = record_layout(CONFIG), load_layout(CONFIG)
 GRANT, COMPLETION = grant_layout(CONFIG), completion_layout(CONFIG)
+TOKEN, ROUTE = token_layout(CONFIG), route_layout(CONFIG)
+RELEASE, SELECTION = release_layout(CONFIG), selection_layout(CONFIG)
+# Worked out by the configuration at every look.
+FOLDS, LANES, SCORE_BITS = CONFIG.folds, CONFIG.num_lanes, CONFIG.score_bits
 DONE, DRAINED, ERROR, TIMEOUT = range(4)
 OTHERS = {"demand_bursts", "prefetch_bursts", "last_beats", "beats", "discarded_beats", "retries"}
 """Counters of the DMA scheduler."""
@@ -183,6 +187,7 @@ class Rows:
         self.asked: list[tuple[int, int | None]] = []
         """Lanes that might be selected in the latest commit, and the threshold, of each layer."""
         self.picks: deque[tuple[int, int, int]] = deque()
+        self.packed: dict[tuple[int, int], tuple[int, int]] = {}
 
     def token(self, new_sequence: bool) -> None:
         self.change()
@@ -193,11 +198,23 @@ class Rows:
     def change(self) -> None:
         rng, state = self.rng, self.state
         self.asked.clear()
-        limit = rng.choice((4, 200, 1 << (CONFIG.score_bits - 1)))
+        self.packed.clear()
+        limit = rng.choice((4, 200, 1 << (SCORE_BITS - 1)))
         for layer in range(CONFIG.num_layers):
             for e in range(CONFIG.num_experts):
                 state.score[layer, e] = rng.randrange(-limit, limit)
                 state.use[layer, e] = rng.randrange(rng.choice((2, 1 << USE_BITS)))
+
+    def row(self, layer: int, fold: int) -> tuple[int, int]:
+        """Scores and uses of a row, packed as the manager gets them."""
+        if (layer, fold) not in self.packed:
+            part, mask = slice(fold * LANES, (fold + 1) * LANES), (1 << SCORE_BITS) - 1
+            score, use = self.state.score[layer][part], self.state.use[layer][part]
+            self.packed[layer, fold] = (
+                sum((int(v) & mask) << SCORE_BITS * i for i, v in enumerate(score)),
+                sum(int(v) << USE_BITS * i for i, v in enumerate(use)),
+            )
+        return self.packed[layer, fold]
 
     def select(self, layer: int, allowed, threshold: int) -> list[int]:
         if threshold >> CONFIG.score_bits - 1 > 0:
@@ -215,6 +232,7 @@ class TB:
 
     def __init__(self, dut) -> None:
         self.dut = dut
+        self.now = Readers(dut)
         dut.rst.value = 1
         cocotb.start_soon(Clock(dut.clk, 10, unit="ns").start())
 
@@ -292,13 +310,13 @@ class TB:
             getattr(self.dut, name).value = value
 
     def get(self, name: str) -> int:
-        return int(getattr(self.dut, name).value)
+        return self.now[name]()
 
     async def run(self, limit: int = 60_000, hook=None) -> None:
         """Until every route is taken, granted and released, and nothing is in flight."""
-        idle = 0
+        idle, edge = 0, RisingEdge(self.dut.clk)
         while idle < 100:
-            await RisingEdge(self.dut.clk)
+            await edge
             self.sample()
             self.drive()
             if hook is not None:
@@ -319,7 +337,7 @@ class TB:
         """The predictor is told what may be selected, and by which threshold, as at the commit."""
         values = {}
         for what in ("absent", "threshold"):
-            bits = CONFIG.num_experts if what == "absent" else CONFIG.score_bits
+            bits = CONFIG.num_experts if what == "absent" else SCORE_BITS
             first = self.get("absent" if what == "absent" else "select_threshold")
             farther = self.get(f"farther_{what}") if CONFIG.look > 1 else 0
             values[what] = [
@@ -463,25 +481,20 @@ class TB:
     def drive(self) -> None:
         rng, knobs = self.rng, self.knobs
         # Rows come two cycles after their layer was given.
-        folds, lanes = CONFIG.folds, CONFIG.num_lanes
         (layer, fold), self.asked = self.asked, (self.get("victim_layer"), 0)
-        if folds > 1:
+        if FOLDS > 1:
             self.asked = (self.asked[0], self.get("victim_fold"))
             if self.waits:
                 # The predictor reads something else.
-                self.asked = (rng.randrange(CONFIG.num_layers), rng.randrange(folds))
+                self.asked = (rng.randrange(CONFIG.num_layers), rng.randrange(FOLDS))
                 self.waits -= 1
             if self.get("predictor_route__valid") and self.get("predictor_route__ready"):
-                self.waits = folds - 1
+                self.waits = FOLDS - 1
             self.set("victim_wait", int(self.waits > 0))
-        state = self.rows.state
-        width = CONFIG.score_bits
-        if layer < CONFIG.num_layers and fold < folds:
-            part = slice(fold * lanes, (fold + 1) * lanes)
-            score = [int(v) & ((1 << width) - 1) for v in state.score[layer][part]]
-            self.set("victim_score", sum(v << width * i for i, v in enumerate(score)))
-            use = [int(v) for v in state.use[layer][part]]
-            self.set("victim_use", sum(v << USE_BITS * i for i, v in enumerate(use)))
+        if layer < CONFIG.num_layers and fold < FOLDS:
+            score, use = self.rows.row(layer, fold)
+            self.set("victim_score", score)
+            self.set("victim_use", use)
         self.drive_predictor()
         self.drive_dma()
         self.set("grant__ready", rng.random() >= knobs.busy)
@@ -494,7 +507,7 @@ class TB:
             if ready:
                 item = rng.choice(ready)
                 self.due.remove(item)
-                self.offer("release", item[1], release_layout(CONFIG), {"slot": item[1]})
+                self.offer("release", item[1], RELEASE, {"slot": item[1]})
         oracle = self.oracle
         if not self.routes_left and "route" not in self.offered:
             return
@@ -502,14 +515,14 @@ class TB:
             new = rng.random() < knobs.sequences
             if not oracle.token_taken or new and rng.random() < 0.3:
                 token = {"context": 0, "token_id": rng.getrandbits(32), "new_sequence": int(new)}
-                self.offer("token", token, token_layout(CONFIG), token)
+                self.offer("token", token, TOKEN, token)
         if self.routes_left and "route" not in self.offered and rng.random() < knobs.route_rate:
             experts = rng.sample(range(CONFIG.num_experts), CONFIG.top_k)
             if rng.random() < knobs.illegal:
                 experts[0] = rng.choice((experts[-1], CONFIG.num_experts))
             route = {"context": 0, "layer": oracle.expected_layer, "experts": experts}
             self.routes_left -= 1
-            self.offer("route", route, route_layout(CONFIG), route)
+            self.offer("route", route, ROUTE, route)
 
     def drive_predictor(self) -> None:
         due = self.cycle >= self.until
@@ -531,7 +544,7 @@ class TB:
         if offering and (held or self.rng.random() < 0.6):
             layer, expert, score = picks[0]
             fields = {"layer": layer, "expert": expert, "score": score}
-            self.set("selected__payload", pack(selection_layout(CONFIG), fields))
+            self.set("selected__payload", pack(SELECTION, fields))
             self.set("selected__valid", 1)
         else:
             self.set("selected__valid", 0)
