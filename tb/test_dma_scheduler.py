@@ -23,7 +23,7 @@ from cocotb.triggers import FallingEdge, ReadOnly
 from cocotbext.axi import AxiRamRead, AxiReadBus
 
 import bench_dma
-from simulation import pack, run_bench, seeds
+from simulation import Readers, pack, run_bench, seeds
 from stmoe.axi_flat import connect_axi4_read, flat_axi4_read_ports
 from stmoe.dma_scheduler import (
     DmaScheduler,
@@ -521,6 +521,7 @@ class Bench:
         axi = axi4_read_signature(config)
         self.r_fields = Fields(payload_of(axi, "r"))
         self.load_fields = Fields(load_layout(config))
+        self.now = Readers(dut)
         self.outputs = {
             "ar": ("axi__ar__payload", Fields(payload_of(axi, "ar"))),
             "fill": ("fill__payload", Fields(fill_layout(config))),
@@ -689,9 +690,10 @@ class Bench:
         self.drive("completion__ready", completion_ready)
 
         await ReadOnly()
-        o = {k: int(getattr(self.dut, port).value) for k, port in self.bits.items()}
+        now = self.now
+        o = {k: now[port]() for k, port in self.bits.items()}
         for k, (port, fields) in self.outputs.items():
-            o[k] = fields.unpack(int(getattr(self.dut, port).value))
+            o[k] = fields.unpack(now[port]())
         try:
             ref.step(i, o)
         except AssertionError as error:
