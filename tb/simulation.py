@@ -180,14 +180,15 @@ def build(
 
     The folder's name holds a hash of the Verilog, so an unchanged design is not built again.
     """
-    made_of = None
+    # Elaborated once in a process, which takes seconds: a component, and any other of its class
+    # that nothing distinguishes from it.
+    made_of: Any = component
     parameters = set(inspect.signature(type(component)).parameters)
     if not parameters or (parameters == {"config"} and hasattr(component, "config")):
-        # Nothing else distinguishes it: elaborated once in a process, which takes seconds.
-        config = getattr(component, "config", None)
-        made_of = (type(component), config, name, waves, tuple(build_args), tuple(public))
-        if made_of in _BUILT:
-            return _BUILT[made_of]
+        made_of = (type(component), getattr(component, "config", None))
+    asked = (made_of, name, waves, tuple(build_args), tuple(public))
+    if asked in _BUILT:
+        return _BUILT[asked]
     text = convert(component, name=name, emit_src=False)
     options = (waves, tuple(build_args), tuple(public))
     key = hashlib.sha256((text + repr(options)).encode()).hexdigest()[:12]
@@ -208,8 +209,7 @@ def build(
         ports = [port.strip(" \\\n") for port in found[1].split(",")] if found else []
         build_model(folder, name, text, [*ports, *public], args=args, waves=waves)
         (folder / "built").touch()
-    if made_of is not None:
-        _BUILT[made_of] = folder
+    _BUILT[asked] = folder
     return folder
 
 

@@ -1315,9 +1315,10 @@ async def axi_ram(dut):
 
 
 def test_axi_ram_of_cocotbext():
+    scheduler = FlatScheduler(CONFIGS["narrow"])
     for seed in seeds(2):
         run_bench(
-            FlatScheduler(CONFIGS["narrow"]),
+            scheduler,
             "dma_scheduler_flat",
             "test_dma_scheduler",
             testcase="axi_ram",
