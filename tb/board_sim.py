@@ -83,7 +83,9 @@ def build_board(
             return program
         (folder / f"{TOP}.v").write_text(text)
         command = [str(find_verilator() / "verilator"), *args, "-j", str(os.cpu_count() or 2)]
-        command += ["-MAKEFLAGS", " ".join(keeps(f"V{TOP}"))]
+        # One file: the precompiled headers of many take longer than the design.
+        make = [*keeps(f"V{TOP}"), *(["VM_PARALLEL_BUILDS=0"] if "-O2" not in optimise else [])]
+        command += ["-MAKEFLAGS", " ".join(make)]
         command += ["--Mdir", "model", "-o", program.name, f"{TOP}.v", str(SOURCE)]
         environment = dict(os.environ)
         if shutil.which("ccache"):

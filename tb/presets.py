@@ -189,7 +189,7 @@ def trace_for(name: str, tokens: int) -> tuple[Trace, str]:
 
 def run(name: str, tokens: int) -> bool:
     """Lint and simulate one preset, and print how it went."""
-    from sim_run import QUICK, SimulationError, build_simulation, run_simulation
+    from sim_run import LEAST, SimulationError, build_simulation, run_simulation
     from stmoe.harness.run_log import check_run, times_of
     from stmoe.top import generate
     from stmoe_golden.checker import Mismatch
@@ -208,7 +208,7 @@ def run(name: str, tokens: int) -> bool:
     if findings:
         print(findings, file=sys.stderr)
         return False
-    flags = QUICK if config.table_bits > LARGE else ("-CFLAGS", "-O1")
+    flags = LEAST if config.table_bits > LARGE else ("-CFLAGS", "-O1")
     attention, expert = times_of(config, 1.0)
     began = time.perf_counter()
     try:
