@@ -71,10 +71,10 @@ VERILATOR_ARGS = (
 
 QUICK = ("-CFLAGS", "-Og")
 LEAST = ("-CFLAGS", "-O0")
-"""``build_args`` for short runs, and for large designs in shorter ones: g++ takes a third as long as
-with -O2, or a quarter, and the model twice or seven times as long. These flags come after those
-above, while OPT_FAST and the like of make would come before; and all of the design is one file, as
-the precompiled headers of many take longer than the rest."""
+"""``build_args`` for short runs, and for large designs in shorter ones: g++ takes a third or a
+quarter of its time with -O2, and the model twice or seven times as long. These flags come after
+those above, while OPT_FAST and the like of make would come before; and all of the design is one
+file, as the precompiled headers of many take longer than the rest."""
 
 OUTPUTS = (
     "cycle",
