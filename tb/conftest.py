@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Order of the test files when several cores share them.
 
-A file is one worker's, whole. Those that take minutes begin first, so that none of them is what a
+A file is one worker's, whole. Those that take longest begin first, so that none of them is what a
 single core still works on when all else is done.
 """
 
@@ -12,16 +12,21 @@ from pathlib import Path
 import pytest
 
 LONGEST_FIRST = (
-    "test_slot_manager",
+    "test_sim",
     "test_engine",
+    "test_board",
+    "test_examples",
     "test_predictor",
     "test_fpga",
-    "test_board",
-    "test_registers",
-    "test_directed",
-    "test_sim",
+    "test_slot_manager",
     "test_dma_scheduler",
+    "test_ppa",
+    "test_collisions",
+    "test_directed",
+    "test_registers",
+    "test_buffer_writer",
     "test_axi_cdc",
+    "test_verilog_writer",
 )
 
 
