@@ -38,9 +38,14 @@ HIDE_FIELDS = "rename -hide w:*[[]*"
 """Yosys command. Amaranth names a field of an array ``foo[3]``; abc9 takes that for bit 3 of
 ``foo`` when it puts the mapped logic back, and stops with an assertion of Yosys's."""
 
-ABC9_SCRIPT = "scratchpad -copy abc9.script.flow3 abc9.script"
-"""Yosys command, for ECP5: a slower script of abc9's. The engine is of the same size, and
-gpt_oss_20b reached 77.6 instead of 73.9 MHz in one seed."""
+ABC9_SCRIPT = (
+    'scratchpad -set abc9.script "+&scorr; &sweep; &dc2; &st; &sopb -R 10 -C 4; &st; &if -g -K 6; '
+    "&dch -C 500; &if {W} {D} {R}; &save; &st; &if -g -K 4; &dch -f; &if {W} {D} {R}; &save; "
+    '&load; &mfs"'
+)
+"""Yosys command, for ECP5: what abc9 does to the logic. It balances all of it before it maps:
+abc9's own scripts keep to the longest paths alone, which they take to be those behind block RAM, as
+they know of LUTs but little of wires, and leave ten LUTs in a row elsewhere."""
 
 ECP5_OPTIONS = "-cmp2softlogic -nowidelut"
 """Of ``synth_ecp5``. Without multiplexers behind the LUTs the engine takes half of them (10,457

@@ -78,34 +78,33 @@ async def rows_are_what_was_written_last(dut, name: str) -> None:
         for _ in range(3):
             await RisingEdge(dut.clk)
         dut.rst.value = 0
-        writes = dict.fromkeys(width, 0)
-        for _ in range(clearing + 1):
+        for _ in range(clearing + 2):
             await FallingEdge(dut.clk)
-            for kind in width:
-                writes[kind] = rng.randrange(count)
-                dut.address(f"{kind}_", writes[kind])
             clear = int(dut.clear_done.value)
             if clear:
                 break
             await RisingEdge(dut.clk)
-        assert clear, f"not clear {clearing + 1} cycles after reset"
+        assert clear, f"not clear {clearing + 2} cycles after reset"
         await RisingEdge(dut.clk)
 
         rows = {kind: [0] * count for kind in width}
+        writes: dict[str, int | None] = dict.fromkeys(width)  # row that is written in this cycle
         expected: dict[str, int] = {}
         asked: list = []  # the row of the cycle before, or what it held
         for _ in range(300):
             written = set()
             changes = []
             for kind, bits in width.items():
-                write, index, row = rng.random() < 0.5, writes[kind], rng.getrandbits(bits)
-                writes[kind] = rng.randrange(count)
-                getattr(dut, f"write_{kind}").value = int(write)
-                dut.address(f"{kind}_", writes[kind])  # of the next cycle
+                index, row = writes[kind], rng.getrandbits(bits)
                 getattr(dut, f"{kind}_row").value = row
-                if write:
+                if index is not None:
                     written.add(index)
                     changes.append((kind, index, row))
+                # What is written in the next cycle.
+                write, following = rng.random() < 0.5, rng.randrange(count)
+                writes[kind] = following if write else None
+                getattr(dut, f"write_{kind}").value = int(write)
+                dut.address(f"{kind}_", following)
             own, blank = rng.random() < 0.5, rng.random() < 0.3
             read, other = rng.randrange(count), rng.randrange(count)
             dut.own.value, dut.blank.value = int(own), int(blank)

@@ -88,9 +88,10 @@ class CorrelationTable(wiring.Component):
         read, write = ram.read_port(), ram.write_port()
 
         delta = Signal(self.delta.shape())
-        learn = Signal(3)  # of the rows presented 2, 3 and 4 cycles before
+        learn = Signal(2)  # of the rows presented 2 and 3 cycles before
         rows = [Signal.like(self.row, name=f"row_{n}") for n in range(1, 5)]
         row_write, settled = rows[-1], Signal(3)
+        writes = Signal()
         m.d.comb += [
             read.addr.eq(self.row),
             read.en.eq(1),
@@ -99,10 +100,11 @@ class CorrelationTable(wiring.Component):
             self.learnt.eq(update.o),
             write.addr.eq(row_write),
             write.data.eq(update.o),
-            write.en.eq(learn[-1] | ~self.clear_done),
+            write.en.eq(writes),
         ]
         m.d.sync += [
             learn.eq(Cat(self.learn, learn)),
+            writes.eq(learn[-1]),
             *(after.eq(before) for before, after in zip([self.row, *rows], rows, strict=False)),
         ]
         with m.If(self.learn):
@@ -118,9 +120,9 @@ class CorrelationTable(wiring.Component):
                 )
         with m.If(~self.clear_done):
             # Zeros, which are through the update when the first row is cleared.
-            m.d.sync += [settled.eq(Cat(1, settled)), row_write.eq(0)]
+            m.d.sync += [settled.eq(Cat(1, settled)), row_write.eq(0), writes.eq(1)]
             with m.If(settled[-1]):
                 m.d.sync += row_write.eq(row_write + 1)
                 with m.If(row_write == self.rows - 1):
-                    m.d.sync += self.clear_done.eq(1)
+                    m.d.sync += [self.clear_done.eq(1), writes.eq(0)]
         return m

@@ -283,7 +283,8 @@ class DmaScheduler(wiring.Component):
         with m.Elif(order.second_valid):
             m.d.sync += first_issues.eq(unissued.bit_select(order.second, 1))
         with m.Else():
-            m.d.sync += first_issues.eq(join)
+            # One that joins has bursts; if none does, nobody asks.
+            m.d.sync += first_issues.eq(1)
         # A prefetch has bursts left to issue; that it has none any more is known as late.
         prefetch_valid = Signal()
         prefetch = Signal(index_bits)

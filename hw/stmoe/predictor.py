@@ -505,6 +505,8 @@ class Predictor(wiring.Component):
         bias_fold = Signal(c.fold_bits)
         fetching, port, own = Signal(), Signal(), Signal()
         fetch_next, port_next = Signal.like(fetch_layer), Signal()
+        # The layer after that one, as long as layers come in order: known in time.
+        fetch_after = Signal.like(fetch_layer)
         rows_left = Signal(range(max(2, layers, ahead + 1)))
         # A route's rows: the layers ahead, then its own. The bit of the row whose turn it is is 0:
         # what resets the registers of the others comes straight from here.
@@ -552,7 +554,7 @@ class Predictor(wiring.Component):
             scores.blank.eq(port & own),
             scores.score_layer.eq(fetched_layer),
             scores.score_row.eq(row),
-            scores.write_score.eq(valid[2]),
+            scores.write_score.eq(valid[1]),
             scores.use_layer.eq(layer),
             scores.use_row.eq(learner.use_next),
             history.layer.eq(layer),
@@ -572,14 +574,14 @@ class Predictor(wiring.Component):
                 scores.victim_fold.eq(self.victim_fold),
                 scores.score_fold.eq(fetched_fold[1]),
                 scores.use_fold.eq(fetched_fold[1]),
-                scores.write_use.eq(uses[2]),
+                scores.write_use.eq(uses[1]),
                 self.victim_wait.eq(fresh & ~last_fold),
                 bias.row.eq(Cat(bias_fold, bias_layer)),
             ]
         else:
             m.d.comb += [
                 learner.enable.eq(freshly[1]),
-                scores.write_use.eq(finish & is_route),
+                scores.write_use.eq(last[1] & is_route),
                 bias.row.eq(bias_layer),
             ]
         # The second pass needs the sets and the layer of this event. Where it may outlast the
@@ -673,7 +675,8 @@ class Predictor(wiring.Component):
             following_fold = Mux(last_fold, 0, fetch_fold + 1)
 
         def next_row():
-            m.d.comb += fetch_next.eq(following(fetch_layer))
+            m.d.comb += fetch_next.eq(fetch_after)
+            m.d.sync += fetch_after.eq(following(fetch_after))
             m.d.sync += [others_turn.eq(Cat(1, others_turn)), rows_left.eq(rows_left - 1)]
             with m.If(~others_turn[ahead - 1] if ahead else Const(0)):
                 m.d.comb += fetch_next.eq(layer)
@@ -693,7 +696,7 @@ class Predictor(wiring.Component):
             with m.State("IDLE"):
                 route = self.route.payload
                 m.d.comb += [
-                    fetch_next.eq(layer),
+                    fetch_next.eq(Mux(self.token.valid, 0, layer)),
                     taken.eq(clear_done & (self.token.valid | self.route.valid)),
                 ]
                 m.d.sync += [
@@ -717,9 +720,9 @@ class Predictor(wiring.Component):
                         sequence.eq(self.token.valid & self.token.payload.new_sequence),
                     ]
                     with m.If(self.token.valid):
-                        m.d.comb += fetch_next.eq(0)
                         m.d.sync += [
                             *(target[d].eq(d) for d in range(ahead + 1)),
+                            fetch_after.eq(1 if layers > 1 else 0),
                             bias_layer.eq(0),
                             self.select_layer.eq(0),
                             rows_left.eq(
@@ -732,6 +735,7 @@ class Predictor(wiring.Component):
                         m.next = "LOOK"
             with m.State("LOOK"):
                 m.d.comb += fetch_next.eq(target[1] if ahead else layer)
+                m.d.sync += fetch_after.eq(target[2] if ahead > 1 else following(target[ahead]))
                 passed = last_step & look_pass
                 if folded:
                     passed &= last_pass

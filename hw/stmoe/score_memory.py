@@ -27,10 +27,10 @@ class ScoreMemory(wiring.Component):
     victim choice's in all others (they never need it at once, see docs/architecture.md 4.1). Its
     address is kept in several registers, each near the lanes that it serves: one for all would
     have a thousand loads. One
-    write port for each kind. A write is seen by reads presented in its cycle and later. After
-    reset all rows are cleared, one layer a cycle: until ``clear_done`` nothing may be written, and
-    the row inputs must be 0 (they come from registers that have not been loaded yet, which saves
-    a multiplexer of a whole row).
+    write port for each kind. A write is seen by reads presented in its cycle and later. From the
+    cycle after reset on all rows are cleared, one layer a cycle: until ``clear_done`` nothing may
+    be written, and the row inputs must be 0 (they come from registers that have not been loaded
+    yet, which saves a multiplexer of a whole row).
 
     Where ``config.folds`` is more than one, a layer has a row for each fold, clearing takes a cycle
     for each of them (of ``1 << fold_bits`` folds a layer), and each address has a fold beside its
@@ -53,7 +53,7 @@ class ScoreMemory(wiring.Component):
     score, use : Out
         The rows that were asked for two cycles before. Not reset.
     write_score, write_use : In
-        Write ``score_row``, ``use_row`` to the layer given one cycle before.
+        In the next cycle ``score_row``, ``use_row`` are written.
     score_layer, use_layer : In
         Layer of a write in the next cycle.
     score_fold, use_fold : In
@@ -100,14 +100,18 @@ class ScoreMemory(wiring.Component):
         m.d.comb += read_layer.eq(Mux(self.own, own, victim))
 
         def kind(name, width, blank, row_read, enable, layer, row_write):
+            # Straight from registers: they go to hundreds of LUT RAMs.
             write_layer = Signal(bits, name=f"{name}_write_layer")
-            # Straight from a register: it goes to hundreds of LUT RAMs.
+            writes = [group_register(1, n, f"{name}_write_{n}") for n in range(GROUPS)]
+            clearing = Signal(name=f"{name}_clearing")
             with m.If(self.clear_done):
-                m.d.sync += write_layer.eq(layer)
+                m.d.sync += [write_layer.eq(layer), *(write.eq(enable) for write in writes)]
             with m.Else():
-                m.d.sync += write_layer.eq(write_layer + 1)
-                with m.If(write_layer == rows - 1):
-                    m.d.sync += self.clear_done.eq(1)
+                m.d.sync += [clearing.eq(1), *(write.eq(1) for write in writes)]
+                with m.If(clearing):
+                    m.d.sync += write_layer.eq(write_layer + 1)
+                with m.If(clearing & (write_layer == rows - 1)):
+                    m.d.sync += [self.clear_done.eq(1), *(write.eq(0) for write in writes)]
             share = -(-c.num_lanes // GROUPS)
             for group, first in enumerate(range(0, c.num_lanes, share)):
                 lanes = slice(width * first, width * (first + share))
@@ -133,7 +137,7 @@ class ScoreMemory(wiring.Component):
                 data_read = Signal(len(part), name=f"{name}_{group}_read", reset_less=True)
                 m.d.comb += [
                     row_read.as_value()[lanes].eq(data_read),
-                    write.en.eq(enable | ~self.clear_done),
+                    write.en.eq(writes[group]),
                     write.addr.eq(write_layer),
                     write.data.eq(part),
                 ]

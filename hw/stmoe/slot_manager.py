@@ -299,7 +299,6 @@ class SlotManager(wiring.Component):
         cancel = Signal()
         m.d.sync += cancel.eq(0)
         m.d.comb += [
-            loads_read.addr.eq(ended_index),
             self.cancel.eq(cancel),
             self.cancel_transfer.eq(leaving),
         ]
@@ -359,6 +358,18 @@ class SlotManager(wiring.Component):
         event_hot = [
             Signal(experts, name=f"event_hot_{rank}", reset_less=True) for rank in range(top_k)
         ]
+        # Whatever is on the port is judged in every cycle: looked at in ROUTE alone.
+        m.d.sync += [
+            legal.eq(
+                (route.context == 0)
+                & (route.layer == expected_layer)
+                & Cat(x < experts for x in route.experts).all()
+                & ~Cat(*duplicates, Const(0, 1)).any()
+            ),
+            event_next.eq(route_set),
+            *(event_lanes[rank].eq(route.experts[rank]) for rank in range(top_k)),
+            *(event_hot[rank].eq(1 << route.experts[rank][:eb]) for rank in range(top_k)),
+        ]
 
         # The row port serves one reader at a time. Its address is known a cycle ahead: from a
         # register, as it goes to every lane.
@@ -394,6 +405,10 @@ class SlotManager(wiring.Component):
             chooser.load_expert.eq(op_expert),
         ]
 
+        walk_length = max(layers, c.num_slots)
+        walk = Signal(range(walk_length + 1))
+        """A layer and a slot, to be cleared after reset."""
+
         # Starting a load: the same few lines for both kinds -------------------------------------
         taking = Signal()
         """This cycle the DMA scheduler takes the load described by ``start_*``."""
@@ -402,20 +417,32 @@ class SlotManager(wiring.Component):
         start_prefetch = Signal()
         """The load that a slot is sought for, or that starts, is a prefetch's."""
         start_evicts = Signal()
-        # Where the FSM is, from registers of their own where the longest paths begin: in START, in
-        # PIN, in BEGIN to seek a slot, in ROUTE, in RELEASED, in PIN or JUDGE, in a state in which
-        # the queue is emptied.
-        in_start, in_pin, seeking = Signal(), Signal(), Signal()
-        in_route, in_released = Signal(), Signal()
+        # Where the FSM is, from registers of their own where the longest paths begin: a state has
+        # one bit, which is 1 in the same cycles. Others: in BEGIN to seek a slot, in BEGIN to grant
+        # a score commit, in PIN or JUDGE, in a state in which the queue is emptied.
+        in_clear = Signal(init=1)
+        in_start, in_evict, in_pin, in_route = Signal(), Signal(), Signal(), Signal()
+        in_released, in_release = Signal(), Signal()
+        in_ended, in_complete, in_cancel_read = Signal(), Signal(), Signal()
+        seeking, granting = Signal(), Signal()
         judging, flushing = Signal(), Signal()
         m.d.sync += [
-            in_start.eq(0),
-            in_pin.eq(0),
-            seeking.eq(0),
-            in_route.eq(0),
-            in_released.eq(0),
-            judging.eq(0),
-            flushing.eq(0),
+            bit.eq(0)
+            for bit in (
+                in_start,
+                in_evict,
+                in_pin,
+                in_route,
+                in_released,
+                in_release,
+                in_ended,
+                in_complete,
+                in_cancel_read,
+                seeking,
+                granting,
+                judging,
+                flushing,
+            )
         ]
         m.d.comb += [
             queue.flush.eq(flushing),
@@ -433,7 +460,8 @@ class SlotManager(wiring.Component):
             self.start.payload.slot.eq(start_slot),
             taking.eq(self.start.valid & self.start.ready),
         ]
-        # What a load writes stands there, taken or not.
+        # What is written of a slot stands there, written or not; while all is cleared, the walk's.
+        m.d.comb += table.info_write_slot.eq(walk)
         with m.If(in_start | in_pin):
             m.d.comb += [
                 table.info_write_slot.eq(start_slot),
@@ -749,14 +777,15 @@ class SlotManager(wiring.Component):
         m.d.sync += written_state.eq(LaneState.NONE)
         state_of_load = Mux(start_prefetch, LaneState.LOADING_PREFETCH, LaneState.LOADING_DEMAND)
         released, releasable = Signal(slot_info_layout(c)), Signal()
+        last_pin = Signal()
+        pin_seeks, may_seek = Signal(), Signal()
+        m.d.comb += may_seek.eq(none_free & ~has_free & ~table.settling)
         operation = Signal(Operation)
         threshold_next = Signal()
         demand_begun = Signal()
         leaving_found, leaving_slot = Signal(), Signal(c.slot_bits)
         newest_order = Signal(c.transfer_bits)
         scan = Signal(c.transfer_bits)
-        walk_length = max(layers, c.num_slots)
-        walk = Signal(range(walk_length + 1))
 
         # A commit that moves the slots waits for rest, and lets nothing begin that ends it.
         may_commit: Value = self.register_request
@@ -800,12 +829,12 @@ class SlotManager(wiring.Component):
                     Mux(
                         stage1,
                         table.place.slot,
-                        Mux(fsm.ongoing("ENDED"), loads_read.data.slot, self.release.payload.slot),
+                        Mux(in_ended, loads_read.data.slot, self.release.payload.slot),
                     )
                 ),
             ]
             m.d.comb += [
-                self.initialised.eq(~fsm.ongoing("CLEAR")),
+                self.initialised.eq(~in_clear),
                 self.busy.eq(
                     ~fsm.ongoing("IDLE")
                     | demanding
@@ -825,7 +854,6 @@ class SlotManager(wiring.Component):
                     table.row_write_layer.eq(walk),
                     table.row_write_lanes.eq(~0),
                     table.info_write.eq(walk < c.num_slots),
-                    table.info_write_slot.eq(walk),
                 ]
                 m.d.sync += [
                     walk.eq(walk + 1),
@@ -833,6 +861,7 @@ class SlotManager(wiring.Component):
                     freed_slot.eq(walk),
                 ]
                 with m.If(walk == walk_length):
+                    m.d.sync += in_clear.eq(0)
                     m.next = "IDLE"
 
             with m.State("IDLE"):
@@ -859,13 +888,16 @@ class SlotManager(wiring.Component):
                 if self.behind_axi:
                     for kind in (Operation.ROUTE, Operation.PREFETCH):
                         possible[kind] &= may_load
-                seeks = Signal()
+                seeks, grants_commit = Signal(), Signal()
                 for kind, condition in reversed(possible.items()):
                     with m.If(condition):
                         m.d.sync += operation.eq(kind)
-                        m.d.comb += seeks.eq(kind in (Operation.DEMAND, Operation.PREFETCH))
+                        m.d.comb += [
+                            seeks.eq(kind in (Operation.DEMAND, Operation.PREFETCH)),
+                            grants_commit.eq(kind == Operation.SCORE_COMMIT),
+                        ]
                 with m.If(Cat(possible.values()).any() & ~self.hold):
-                    m.d.sync += seeking.eq(seeks)
+                    m.d.sync += [seeking.eq(seeks), granting.eq(grants_commit)]
                     m.next = "BEGIN"
 
             with m.State("BEGIN"):
@@ -878,6 +910,7 @@ class SlotManager(wiring.Component):
                             status.eq(self.completion.payload.status),
                             demand_blocked.eq(0),
                             prefetch_blocked.eq(0),
+                            in_ended.eq(1),
                         ]
                         m.next = "ENDED"
                     with m.Case(Operation.DEMAND, Operation.PREFETCH):
@@ -899,8 +932,7 @@ class SlotManager(wiring.Component):
                                 ),
                             ]
                             m.next = "START"
-                        with m.Elif(none_free & ~table.settling):
-                            m.d.comb += chooser.start.eq(1)
+                        with m.Elif(may_seek):
                             m.d.sync += [of_victim.eq(1), start_prefetch.eq(~demanding)]
                             m.next = "SEARCH"
                     with m.Case(Operation.DISPROVED):
@@ -910,7 +942,6 @@ class SlotManager(wiring.Component):
                         m.next = "RELEASED"
                     with m.Case(Operation.SCORE_COMMIT):
                         m.d.comb += [
-                            self.commit_grant.eq(1),
                             counter["score_commits"].eq(1),
                             *emit(EventKind.SCORE_COMMIT, layer=self.select_layer),
                         ]
@@ -955,23 +986,11 @@ class SlotManager(wiring.Component):
                                     m.next = "FLUSH"
                     with m.Case(Operation.ROUTE):
                         m.d.sync += [
-                            *(event_lanes[rank].eq(route.experts[rank]) for rank in range(top_k)),
-                            legal.eq(
-                                (route.context == 0)
-                                & (route.layer == expected_layer)
-                                & Cat(x < experts for x in route.experts).all()
-                                & ~Cat(*duplicates, Const(0, 1)).any()
-                            ),
-                            event_next.eq(route_set),
-                            *(
-                                event_hot[rank].eq(1 << route.experts[rank][:eb])
-                                for rank in range(top_k)
-                            ),
                             # A legal one is of this layer: the DMA scheduler reads its segments.
                             op_layer.eq(expected_layer),
                             route_judged.eq(1),
+                            in_route.eq(1),
                         ]
-                        m.d.sync += in_route.eq(1)
                         m.next = "ROUTE"
 
             with m.State("SEARCH"):
@@ -1009,27 +1028,13 @@ class SlotManager(wiring.Component):
                         queue.o.ready.eq(start_prefetch),
                     ]
                     m.d.sync += [start_prefetch.eq(0), of_victim.eq(0)]
-                    m.d.sync += [pending.eq(later_pending), demanding.eq(later_pending != 0)]
-                    m.d.sync += [op_layer.eq(chooser.layer), op_expert.eq(chooser.expert)]
+                    m.d.sync += in_evict.eq(evicting)
                     with m.If(evicting):
                         m.next = "EVICT"
                     with m.Else():
                         m.next = "IDLE"
 
             with m.State("EVICT"):
-                # The slot has changed hands; the victim leaves the map.
-                m.d.comb += [
-                    table.row_write.eq(1),
-                    table.held_sub.eq(1),
-                    table.ready_sub.eq(1),
-                    counter["evictions"].eq(1),
-                    counter["useless"].eq(
-                        Cat(
-                            victim_hot[e] & (table.row[e] == LaneState.READY_UNUSED)
-                            for e in range(experts)
-                        ).any()
-                    ),
-                ]
                 m.next = "IDLE"
 
             with m.State("MAKE-ROOM"):
@@ -1049,7 +1054,7 @@ class SlotManager(wiring.Component):
                     m.d.sync += demand_blocked.eq(1)
                     m.next = "IDLE"
                 with m.Elif(scan == c.transfers - 1):
-                    m.d.sync += [demand_blocked.eq(1), cancel_flag.eq(1)]
+                    m.d.sync += [demand_blocked.eq(1), cancel_flag.eq(1), in_cancel_read.eq(1)]
                     m.next = "CANCEL-READ"
             with m.State("DISPROVED"):
                 m.d.comb += disproved_changes.eq(1)
@@ -1057,6 +1062,7 @@ class SlotManager(wiring.Component):
                     leaving.eq(table.place.transfer),
                     leaving_found.eq(1),
                     cancel_flag.eq(0),
+                    in_cancel_read.eq(1),
                     *(
                         disproved[e].eq(disproved[e] & (disproved_lane != e))
                         for e in range(experts)
@@ -1064,13 +1070,7 @@ class SlotManager(wiring.Component):
                 ]
                 m.next = "CANCEL-READ"
             with m.State("CANCEL-READ"):
-                m.d.comb += loads_read.addr.eq(leaving)
-                m.d.sync += [
-                    cancel.eq(leaving_found),
-                    op_layer.eq(loads_read.data.layer),
-                    op_expert.eq(loads_read.data.expert),
-                    leaving_slot.eq(loads_read.data.slot),
-                ]
+                m.d.sync += [cancel.eq(leaving_found), leaving_slot.eq(loads_read.data.slot)]
                 m.next = "CANCEL"
             with m.State("CANCEL"):
                 # The DMA scheduler ignores a cancel that is late, so it need not wait for that.
@@ -1083,8 +1083,7 @@ class SlotManager(wiring.Component):
 
             with m.State("ENDED"):
                 m.d.sync += [
-                    op_layer.eq(loads_read.data.layer),
-                    op_expert.eq(loads_read.data.expert),
+                    in_complete.eq(1),
                     ended_slot.eq(loads_read.data.slot),
                     freed.eq(
                         (status == CompletionStatus.DRAINED) | (status == CompletionStatus.ERROR)
@@ -1106,10 +1105,6 @@ class SlotManager(wiring.Component):
             with m.State("COMPLETE"):
                 m.d.comb += [
                     disproved_changes.eq(any_disproved),
-                    table.held_sub.eq(freed),
-                    table.info_write_slot.eq(ended_slot),
-                    table.info_write_data.layer.eq(op_layer),
-                    table.info_write_data.expert.eq(op_expert),
                     held_sub.eq(ended_prefetch),
                     draining_sub.eq(ended_cancelled),
                 ]
@@ -1128,11 +1123,6 @@ class SlotManager(wiring.Component):
                 with m.Switch(status):
                     with m.Case(CompletionStatus.DONE):
                         m.d.comb += [
-                            table.row_write.eq(1),
-                            table.info_write.eq(1),
-                            table.info_write_data.resident.eq(1),
-                            table.info_write_data.pins.eq(table.info.pins),
-                            table.ready_add.eq(ended_prefetch),
                             counter["filled"].eq(1),
                             *emit(EventKind.FILL_DONE, **fields),
                         ]
@@ -1149,8 +1139,6 @@ class SlotManager(wiring.Component):
                             with m.If(status == CompletionStatus.TIMEOUT):
                                 m.d.sync += timed_out.eq(1)
                         m.d.comb += [
-                            table.row_write.eq(~ended_cancelled),
-                            table.info_write.eq(1),
                             counter["errors"].eq(status == CompletionStatus.ERROR),
                             counter["timeouts"].eq(status == CompletionStatus.TIMEOUT),
                             *emit(
@@ -1184,32 +1172,26 @@ class SlotManager(wiring.Component):
                 # Block RAM is slow: what it says of the slot is looked at in the next cycle.
                 m.d.sync += [
                     released.eq(table.info),
+                    last_pin.eq(table.info.pins == 1),
                     releasable.eq(
                         table.info.resident
                         & (table.info.pins != 0)
                         & (self.release.payload.slot < c.num_slots)
                     ),
                     written_state.eq(LaneState.READY),
+                    in_release.eq(1),
                 ]
                 m.next = "RELEASE"
             with m.State("RELEASE"):
                 slot = self.release.payload.slot
-                m.d.comb += [
-                    self.release.ready.eq(1),
-                    table.info_write_slot.eq(slot),
-                    table.info_write_data.eq(released),
-                    table.info_write_data.pins.eq(released.pins - 1),
-                ]
                 m.next = "IDLE"
                 with m.If(releasable):
                     m.d.comb += [
-                        table.info_write.eq(1),
                         outstanding_sub.eq(1),
                         counter["releases"].eq(1),
                         *emit(EventKind.RELEASE, slot=slot),
                     ]
-                    with m.If(released.pins == 1):
-                        m.d.comb += [table.row_write.eq(1), table.ready_add.eq(1)]
+                    with m.If(last_pin):
                         m.d.sync += [demand_blocked.eq(0), prefetch_blocked.eq(0)]
                 with m.Else():
                     m.d.comb += [
@@ -1278,55 +1260,6 @@ class SlotManager(wiring.Component):
                     m.next = "PIN"
 
             with m.State("PIN"):
-                # Residents are pinned and loading ones become demands, the whole row at once; the
-                # first missing expert takes a free slot, or the search for a victim begins.
-                m.d.sync += op_expert.eq(first_missing)
-                if c.look > 1:
-                    m.d.comb += gate.late.eq(
-                        sum(state == LaneState.LOADING_PREFETCH for state in rank_state)
-                    )
-                m.d.comb += [
-                    gate.event.eq(1),
-                    gate.idle.eq(idle_link),
-                    gate.good.eq(
-                        sum(
-                            has_state(
-                                rank_state[rank],
-                                LaneState.READY_UNUSED,
-                                LaneState.LOADING_PREFETCH,
-                            )
-                            for rank in range(top_k)
-                        )
-                    ),
-                    disproved_changes.eq(1),
-                    table.row_write.eq(1),
-                    table.ready_sub.eq(
-                        sum(
-                            has_state(rank_state[rank], LaneState.READY, LaneState.READY_UNUSED)
-                            for rank in range(top_k)
-                        )
-                    ),
-                ]
-                for e in range(experts):
-                    on_its_way = has_state(row_taken[e], *loading_states)
-                    m.d.comb += table.row_write_lanes[e].eq(
-                        event_set[e] & (resident_taken[e] | on_its_way)
-                    )
-                    m.d.sync += disproved[e].eq(
-                        (row_taken[e] == LaneState.LOADING_PREFETCH) & ~event_set[e]
-                    )
-                m.d.sync += [
-                    demand_begun.eq(taking),
-                    judging.eq(1),
-                    flushing.eq(1),
-                    written_state.eq(LaneState.LOADING_DEMAND),
-                ]
-                with m.If(taking):
-                    m.d.sync += [pending.eq(later_pending), demanding.eq(later_pending != 0)]
-                # Never both: nothing starts without a free slot.
-                with m.If(demanding & self.start.ready & none_free):
-                    m.d.comb += chooser.start.eq(1)
-                    m.d.sync += [searching.eq(1), of_victim.eq(1)]
                 m.next = "JUDGE"
             with m.State("JUDGE"):
                 m.d.comb += [
@@ -1349,6 +1282,109 @@ class SlotManager(wiring.Component):
                     with m.Else():
                         m.next = "IDLE"
 
+        # What is done in states that have a bit of their own --------------------------------------
+        m.d.comb += [
+            self.commit_grant.eq(granting),
+            loads_read.addr.eq(Mux(in_cancel_read, leaving, ended_index)),
+            # Never both: nothing starts without a free slot.
+            pin_seeks.eq(in_pin & demanding & self.start.ready & none_free),
+            chooser.start.eq((seeking & may_seek) | pin_seeks),
+        ]
+        with m.If(in_pin):
+            # Residents are pinned and loading ones become demands, the whole row at once; the
+            # first missing expert takes a free slot, or the search for a victim begins.
+            if c.look > 1:
+                m.d.comb += gate.late.eq(
+                    sum(state == LaneState.LOADING_PREFETCH for state in rank_state)
+                )
+            m.d.comb += [
+                gate.event.eq(1),
+                gate.idle.eq(idle_link),
+                gate.good.eq(
+                    sum(
+                        has_state(
+                            rank_state[rank],
+                            LaneState.READY_UNUSED,
+                            LaneState.LOADING_PREFETCH,
+                        )
+                        for rank in range(top_k)
+                    )
+                ),
+                disproved_changes.eq(1),
+                table.row_write.eq(1),
+                table.ready_sub.eq(
+                    sum(
+                        has_state(rank_state[rank], LaneState.READY, LaneState.READY_UNUSED)
+                        for rank in range(top_k)
+                    )
+                ),
+            ]
+            for e in range(experts):
+                on_its_way = has_state(row_taken[e], *loading_states)
+                m.d.comb += table.row_write_lanes[e].eq(
+                    event_set[e] & (resident_taken[e] | on_its_way)
+                )
+                m.d.sync += disproved[e].eq(
+                    (row_taken[e] == LaneState.LOADING_PREFETCH) & ~event_set[e]
+                )
+            m.d.sync += [
+                op_expert.eq(first_missing),
+                demand_begun.eq(taking),
+                judging.eq(1),
+                flushing.eq(1),
+                written_state.eq(LaneState.LOADING_DEMAND),
+            ]
+            with m.If(pin_seeks):
+                m.d.sync += [searching.eq(1), of_victim.eq(1)]
+        with m.If(in_start & self.start.ready):
+            # The victim leaves the map next, if there is one.
+            m.d.sync += [op_layer.eq(chooser.layer), op_expert.eq(chooser.expert)]
+        with m.If(taking):
+            m.d.sync += [pending.eq(later_pending), demanding.eq(later_pending != 0)]
+        with m.If(in_evict):
+            # The slot has changed hands.
+            m.d.comb += [
+                table.row_write.eq(1),
+                table.held_sub.eq(1),
+                table.ready_sub.eq(1),
+                counter["evictions"].eq(1),
+                counter["useless"].eq(
+                    Cat(
+                        victim_hot[e] & (table.row[e] == LaneState.READY_UNUSED)
+                        for e in range(experts)
+                    ).any()
+                ),
+            ]
+        with m.If(in_cancel_read | in_ended):
+            m.d.sync += [
+                op_layer.eq(loads_read.data.layer),
+                op_expert.eq(loads_read.data.expert),
+            ]
+        done = status == CompletionStatus.DONE
+        with m.If(in_complete):
+            m.d.comb += [
+                table.held_sub.eq(freed),
+                table.ready_add.eq(done & ended_prefetch),
+                table.row_write.eq(
+                    done | ((status != CompletionStatus.DRAINED) & ~ended_cancelled)
+                ),
+                table.info_write.eq(status != CompletionStatus.DRAINED),
+                table.info_write_slot.eq(ended_slot),
+                table.info_write_data.resident.eq(done),
+                table.info_write_data.pins.eq(Mux(done, table.info.pins, 0)),
+                table.info_write_data.layer.eq(op_layer),
+                table.info_write_data.expert.eq(op_expert),
+            ]
+        with m.If(in_release):
+            m.d.comb += [
+                self.release.ready.eq(1),
+                table.row_write.eq(releasable & last_pin),
+                table.ready_add.eq(releasable & last_pin),
+                table.info_write.eq(releasable),
+                table.info_write_slot.eq(self.release.payload.slot),
+                table.info_write_data.eq(released),
+                table.info_write_data.pins.eq(released.pins - 1),
+            ]
         for e in range(experts):
             m.d.comb += table.row_write_data[e].eq(
                 Mux(in_pin & resident_taken[e], LaneState.PINNED, written_state)

@@ -41,34 +41,34 @@ class _LowestValue(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         c = self.config
+        # One number decides: the value, its sign turned so that it counts from 0, below a bit for a
+        # lane that is out of the question.
+        width = c.value_bits
         nodes = []
         for e in range(c.num_lanes):
-            nodes.append((self.mask[e], self.values[e], e))
+            value = self.values[e].as_unsigned()
+            nodes.append((Cat(value[:-1], ~value[-1], ~self.mask[e]), e))
         level = 0
         lane_width = lane_bits(c) if c.folds == 1 else sublane_bits(c)
         while len(nodes) > 1:
             above = []
             for i in range(0, len(nodes), 2):
                 pair = nodes[i : i + 2]
-                found = Signal(name=f"found_{level}_{i}")
-                value = Signal(signed(c.value_bits), name=f"value_{level}_{i}", reset_less=True)
+                key = Signal(width + 1, name=f"key_{level}_{i}", reset_less=True)
                 lane = Signal(lane_width, name=f"lane_{level}_{i}", reset_less=True)
                 if len(pair) == 1:
-                    ((f, v, n),) = pair
-                    m.d.sync += [found.eq(f), value.eq(v), lane.eq(n)]
+                    ((k, n),) = pair
+                    m.d.sync += [key.eq(k), lane.eq(n)]
                 else:
-                    (f0, v0, n0), (f1, v1, n1) = pair
+                    (k0, n0), (k1, n1) = pair
                     second = Signal(name=f"second_{level}_{i}")
-                    m.d.comb += second.eq(f1 & (~f0 | (v1 < v0)))
-                    m.d.sync += [
-                        found.eq(f0 | f1),
-                        value.eq(Mux(second, v1, v0)),
-                        lane.eq(Mux(second, n1, n0)),
-                    ]
-                above.append((found, value, lane))
+                    m.d.comb += second.eq(k1 < k0)
+                    m.d.sync += [key.eq(Mux(second, k1, k0)), lane.eq(Mux(second, n1, n0))]
+                above.append((key, lane))
             nodes = above
             level += 1
-        ((found, value, lane),) = nodes
+        ((key, lane),) = nodes
+        found, value = ~key[-1], Cat(key[: width - 1], ~key[width - 1]).as_signed()
         if c.folds == 1:
             m.d.comb += [self.found.eq(found), self.value.eq(value), self.lane.eq(lane)]
             return m
@@ -198,7 +198,6 @@ class VictimChooser(wiring.Component):
         some_over, index_over = highest("over", over_quota)
 
         layer, layer_next = Signal(c.layer_bits), Signal(c.layer_bits)
-        m.d.comb += layer_next.eq(layer)
         m.d.sync += layer.eq(layer_next)
         excluding = Signal()
         everywhere = Signal()
@@ -260,6 +259,23 @@ class VictimChooser(wiring.Component):
         before, last = Signal(c.layer_bits), Signal()
         m.d.sync += before.eq(Mux(layer_next == 0, layers - 1, layer_next - 1))
 
+        # The states in which a layer is decided upon, from registers of their own, as the address
+        # of its rows goes far: in WALK, OWN, NEXT, and in COMPARE when the tree's answer is here.
+        in_walk, in_own, in_next, answered = Signal(), Signal(), Signal(), Signal()
+        m.d.sync += [bit.eq(0) for bit in (in_walk, in_own, in_next, answered)]
+        m.d.comb += layer_next.eq(
+            Mux(
+                in_walk,
+                Mux(some_below, index_below, Mux(some_over, index_over, self.load_layer)),
+                Mux(
+                    in_own,
+                    self.load_layer,
+                    # Where the walk goes on from, if it does: from there `layer` is not used.
+                    Mux(answered & ~everywhere, self.latest_layer, Mux(in_next, before, layer)),
+                ),
+            )
+        )
+
         with m.FSM() as fsm:
             m.d.comb += self.busy.eq(~self.done)
             # A cycle ahead: the score memory has a register of its own for the address.
@@ -284,6 +300,7 @@ class VictimChooser(wiring.Component):
                     with m.If(~self.wait):
                         m.next = "CANDIDATE"
             with m.State("CANDIDATE"):
+                m.d.sync += in_walk.eq(1)
                 m.next = "WALK"
             with m.State("WALK"):
                 # The scores of the layer to be loaded are here; the layers to be walked follow.
@@ -292,12 +309,8 @@ class VictimChooser(wiring.Component):
                     m.d.sync += first.eq(1)
                 m.d.sync += tried_own.eq(~some_over)
                 m.d.comb += weighing.eq(1)
-                m.d.comb += layer_next.eq(
-                    Mux(some_below, index_below, Mux(some_over, index_over, self.load_layer))
-                )
                 m.next = "READ"
             with m.State("OWN"):
-                m.d.comb += layer_next.eq(self.load_layer)
                 m.d.sync += tried_own.eq(1)
                 m.next = "READ"
             with m.State("READ"):
@@ -313,6 +326,7 @@ class VictimChooser(wiring.Component):
                 )
                 if c.folds == 1:
                     take(evictable & ~excluded)
+                    m.d.sync += answered.eq(lowest.levels == 0)
                     m.next = "COMPARE"
                 else:
                     ready = Signal(experts)
@@ -331,24 +345,27 @@ class VictimChooser(wiring.Component):
                     with m.If(next_fold == c.folds - 1):
                         m.next = "COMPARE"
             with m.State("COMPARE"):
-                m.d.sync += count.eq(count + 1)
-                with m.If(count == lowest.levels):
+                m.d.sync += [
+                    count.eq(count + 1),
+                    answered.eq(count == lowest.levels - 1),
+                ]
+                with m.If(answered):
                     with m.If(~everywhere):
                         keep()
-                        # Where the walk goes on from, if it does: from here `layer` is not used.
-                        m.d.comb += layer_next.eq(self.latest_layer)
                     with m.If(everywhere):
                         m.next = "KEEP"
                     with m.Elif(lowest.found):
                         m.d.sync += self.done.eq(1)
                         m.next = "IDLE"
                     with m.Elif(~tried_own & (self.load_layer != layer)):
+                        m.d.sync += in_own.eq(1)
                         m.next = "OWN"
                     with m.Elif(self.demand):
                         m.d.sync += [
                             everywhere.eq(1),
                             excluding.eq(0),
                             last.eq(0),
+                            in_next.eq(1),
                         ]
                         m.next = "NEXT"
                     with m.Else():
@@ -358,10 +375,10 @@ class VictimChooser(wiring.Component):
                 # The tree's answer stands: its inputs have not changed.
                 with m.If(lowest.found & (lower | ~self.found)):
                     keep()
+                m.d.sync += in_next.eq(1)
                 m.next = "NEXT"
             with m.State("NEXT"):
                 # Everywhere: from the latest layer down, round to the latest layer again.
-                m.d.comb += layer_next.eq(before)
                 m.d.sync += last.eq(before == self.latest_layer)
                 m.next = "SKIP"
                 with m.If(last):
@@ -371,5 +388,6 @@ class VictimChooser(wiring.Component):
                 with m.If(self.any_ready.bit_select(layer, 1)):
                     m.next = "READ"
                 with m.Else():
+                    m.d.sync += in_next.eq(1)
                     m.next = "NEXT"
         return m
