@@ -39,9 +39,9 @@ HIDE_FIELDS = "rename -hide w:*[[]*"
 ``foo`` when it puts the mapped logic back, and stops with an assertion of Yosys's."""
 
 ABC9_SCRIPT = (
-    'scratchpad -set abc9.script "+&scorr; &sweep; &dc2; &st; &sopb -R 10 -C 4; &st; &if -g -K 6; '
-    "&dch -C 500; &if {W} {D} {R}; &save; &st; &if -g -K 4; &dch -f; &if {W} {D} {R}; &save; "
-    '&load; &mfs"'
+    'scratchpad -set abc9.script "+&scorr; &sweep; &dc2; &st; &sopb -R 20 -C 6; &st; &if -g -K 6; '
+    "&dch -C 1000; &if {W} {D} {R}; &save; &st; &if -g -K 4; &dch -f; &if {W} {D} {R}; &save; "
+    '&st; &if -g -K 4; &dch -f; &if {W} {D} {R}; &save; &load; &mfs"'
 )
 """Yosys command, for ECP5: what abc9 does to the logic. It balances all of it before it maps:
 abc9's own scripts keep to the longest paths alone, which they take to be those behind block RAM, as
