@@ -272,6 +272,24 @@ def test_an_interrupt_is_one_line_and_the_command_goes_on_where_it_was(folder):
     assert all(stored(output)[key] == result for key, result in kept.items())
 
 
+@pytest.mark.parametrize("sync", [1, 2], ids=["header", "first result"])
+def test_an_interrupt_right_after_a_write_keeps_what_was_written(folder, monkeypatch, sync):
+    output, fsync, calls = folder / "r.jsonl", os.fsync, []
+
+    def interrupted(file):
+        fsync(file)
+        calls.append(file)
+        if len(calls) == sync:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(load_sweep(written(folder)), output)
+    assert len(stored(output)) == sync - 1
+    monkeypatch.undo()
+    assert run_sweep(load_sweep(written(folder)), output)["points"]
+
+
 def test_a_dask_cluster_gives_the_same(folder):
     distributed = pytest.importorskip(
         "distributed", reason="no dask.distributed: pip install 'stmoe[sweep]'"

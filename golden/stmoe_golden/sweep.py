@@ -462,12 +462,16 @@ class _Store:
         except OSError:
             os.close(self.file)
             raise _bad(path, "another sweep is writing it") from None
-        size = os.fstat(self.file).st_size
-        if size == 0:
-            self._write({"format": FORMAT})
-        elif os.pread(self.file, 1, size - 1) != b"\n":
-            kept = os.pread(self.file, size, 0).rfind(b"\n") + 1
-            os.ftruncate(self.file, kept)  # the cut line of a sweep that was stopped
+        try:
+            size = os.fstat(self.file).st_size
+            if size == 0:
+                self._write({"format": FORMAT})
+            elif os.pread(self.file, 1, size - 1) != b"\n":
+                kept = os.pread(self.file, size, 0).rfind(b"\n") + 1
+                os.ftruncate(self.file, kept)  # the cut line of a sweep that was stopped
+        except BaseException:
+            self.close()
+            raise
 
     def _write(self, entry: dict[str, Any]) -> None:
         line = json.dumps(entry, allow_nan=False, separators=(",", ":")).encode() + b"\n"
@@ -483,7 +487,8 @@ class _Store:
 
     def close(self) -> None:
         """The file may be written by another; one without any result is not left behind."""
-        if self.empty:
+        # An interrupt may come between the write of the first result and what says so.
+        if self.empty and self.path.read_bytes().count(b"\n") < 2:
             self.path.unlink()
         os.close(self.file)
 

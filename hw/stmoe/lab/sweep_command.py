@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -69,6 +68,7 @@ def sweep_command(options: argparse.Namespace, write: Callable[[str], None]) -> 
     CommandError
         Bad input, in one line.
     """
+    from stmoe_golden.compare import available_cores
     from stmoe_golden.sweep import (
         SweepError,
         load_sweep,
@@ -77,7 +77,7 @@ def sweep_command(options: argparse.Namespace, write: Callable[[str], None]) -> 
         write_summary,
     )
 
-    workers = options.workers or os.cpu_count() or 1
+    workers = options.workers or available_cores()
     output = options.output or Path("build/sweep") / (Path(options.file).stem + ".jsonl")
     if Path(output).suffix == ".json":
         raise CommandError(
