@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared_objects import keeps, shared_objects
-from simulation import BUILD, OBJECTS, ROOT, find_verilator
+from simulation import BUILD, OBJECTS, ROOT, SOUND, find_verilator
 from stmoe.harness.board_protocol import DEFAULT_BAUD
 from stmoe.harness.board_top import BoardTop
 from stmoe.toolchain import ToolError
@@ -67,7 +67,7 @@ def build_board(
     clock_hz: int = CLOCK_HZ,
     baud: int = DEFAULT_BAUD,
     engine_factory: Callable | None = None,
-    optimise: Sequence[str] = ("-O2",),
+    optimise: Sequence[str] = ("-O2", *SOUND),
 ) -> Path:
     """Build the model; returns the program. An unchanged design is not built again."""
     top = BoardTop(config, clock_hz=clock_hz, baud=baud, engine_factory=engine_factory)

@@ -20,7 +20,7 @@ from unittest import mock
 
 import numpy as np
 
-from simulation import BENCHES, BUILD, ROOT, build_model
+from simulation import BENCHES, BUILD, ROOT, SOUND, build_model
 from stmoe.harness.buffer_memory import BufferPlace
 from stmoe.harness.content_checker import AddressMap
 from stmoe.harness.harness import MEMORY_INPUTS
@@ -66,7 +66,7 @@ VERILATOR_ARGS = (
     "fast",
     "--no-assert",
     "-CFLAGS",
-    "-O2",
+    " ".join(("-O2", *SOUND)),
 )
 
 QUICK = ("-CFLAGS", "-Og")
