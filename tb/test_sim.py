@@ -206,7 +206,8 @@ def engine_with_broken_learner(config):
 
 
 def engine_with_broken_victim(config):
-    return broken_engine(config, "victim_chooser", "(v1 < v0)", "(v0 < v1)")
+    of_lane = "self.score[e] {} (self.use[e]".format
+    return broken_engine(config, "victim_chooser", of_lane("+"), of_lane("-"))
 
 
 def engine_with_broken_scheduler(config):
