@@ -49,6 +49,13 @@ BOARDS = ("ulx3s", "arty_a7_100t")
 DEPTHS = (1, 2, 3)
 SEEDS = (1, 2, 3, 4, 5)
 TARGET_MHZ = 100
+AIM_MHZ = 92
+"""What a first try of place and route aims at. With ``--tmg-ripup`` nextpnr routes anew what is too
+slow until nothing is: some 9 MHz more, but where the aim is out of reach it never ends."""
+
+LIMIT_S = 2400
+"""Wall-clock time of a first try; then there is a second without ``--tmg-ripup``."""
+
 TOLERANCE = 0.1
 """A fresh synthesis may differ from the committed figure by so much."""
 
@@ -72,7 +79,9 @@ def _tool(name: str) -> Tool:
     return tool
 
 
-def _run(tool: Tool, arguments: Sequence[str], folder: Path, log: Path) -> None:
+def _run(
+    tool: Tool, arguments: Sequence[str], folder: Path, log: Path, limit_s: float | None = None
+) -> None:
     with open(log, "w") as file:
         done = subprocess.run(
             [tool.path, *arguments],
@@ -80,6 +89,7 @@ def _run(tool: Tool, arguments: Sequence[str], folder: Path, log: Path) -> None:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
+            timeout=limit_s,
         )
     if done.returncode:
         raise ToolFailed(f"{tool.name} failed in {folder}: {first_error(log)}")
@@ -118,16 +128,23 @@ def _synthesise(config: EngineConfig, board: Board, label: str) -> Path:
 def _fmax(folder: Path, seeds: Sequence[int], label: str) -> float:
     """Median over the seeds, in MHz."""
     nextpnr = _tool("nextpnr-ecp5")
-    made = hashlib.sha256(f"{version(nextpnr)} {PLACE} {TARGET_MHZ}".encode()).hexdigest()[:8]
+    tries = f"{version(nextpnr)} {PLACE} {AIM_MHZ} {LIMIT_S} {TARGET_MHZ}"
+    made = hashlib.sha256(tries.encode()).hexdigest()[:8]
     found = []
     for seed in seeds:
         report = folder / f"{made}-{seed}.report.json"
         if not report.is_file():
             _say(f"{label}: place and route with seed {seed}")
             new = folder / f"{made}-{seed}.new.json"
-            arguments = [*PLACE, "--json", f"{NAME}.json", "--freq", str(TARGET_MHZ)]
+            arguments = [*PLACE, "--json", f"{NAME}.json", "--timing-allow-fail"]
             arguments += ["--seed", str(seed), "--router", "router2", "--report", new.name]
-            _run(nextpnr, [*arguments, "--timing-allow-fail"], folder, folder / "nextpnr.log")
+            log = folder / "nextpnr.log"
+            try:
+                first = [*arguments, "--freq", str(AIM_MHZ), "--tmg-ripup"]
+                _run(nextpnr, first, folder, log, LIMIT_S)
+            except subprocess.TimeoutExpired:
+                _say(f"{label}: seed {seed} is not at {AIM_MHZ} MHz after {LIMIT_S} s, once more")
+                _run(nextpnr, [*arguments, "--freq", str(TARGET_MHZ)], folder, log)
             new.replace(report)
         found.append(min(clock.achieved for clock in clocks_of_nextpnr(report)))
     return round(statistics.median(found), 1)

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from fpga import ppa
-from fpga.tools import find
+from fpga.tools import Tool, find
 
 ROWS = json.loads(ppa.FIGURES.read_text())
 TINY = next(r for r in ROWS if (r["preset"], r["D"]) == ("tiny", 1) and r["fmax_mhz"])
@@ -44,6 +44,30 @@ def test_committed_rows_have_exactly_their_keys():
         assert not note or row["note"].startswith("does not fit: ")
         assert ppa._key(row) not in seen
         seen.add(ppa._key(row))
+
+
+NEVER_ENDS = """#!/bin/sh
+case "$*" in
+*--version*) echo 'nextpnr-ecp5 -- version 1' ;;
+*"--seed 2 "*--tmg-ripup*) exec sleep 60 ;;
+*) echo "$*" >>calls
+   while [ "$1" != --report ]; do shift; done
+   echo '{"fmax": {"clk": {"achieved": 93.4, "constraint": 92}}}' >"$2" ;;
+esac
+"""
+
+
+def test_a_seed_whose_aim_is_out_of_reach_is_tried_without_it(tmp_path, monkeypatch, capsys):
+    program = tmp_path / "nextpnr"
+    program.write_text(NEVER_ENDS)
+    program.chmod(0o755)
+    monkeypatch.setattr(ppa, "_tool", lambda name: Tool(name, str(program), "PATH"))
+    monkeypatch.setattr(ppa, "LIMIT_S", 2)
+    assert ppa._fmax(tmp_path, (1, 2), "x") == 93.4
+    first, second = (tmp_path / "calls").read_text().splitlines()
+    assert "--seed 1 " in first and first.endswith("--freq 92 --tmg-ripup")
+    assert "--seed 2 " in second and second.endswith("--freq 100")
+    assert "x: seed 2 is not at 92 MHz after 2 s, once more\n" in capsys.readouterr().err
 
 
 def test_tables_over_the_block_ram_do_not_fit(tmp_path, capsys):
