@@ -51,7 +51,7 @@ SEEDS = (1, 2, 3, 4, 5)
 TARGET_MHZ = 100
 AIM_MHZ = 88
 """What a first try of place and route aims at. With ``--tmg-ripup`` nextpnr routes anew what is too
-slow until nothing is: some 9 MHz more, but where the aim is out of reach it never ends."""
+slow: it ends at the aim or a little below it, and may never end where that is far out of reach."""
 
 LIMIT_S = 2400
 """Wall-clock time of a first try; then there is a second without ``--tmg-ripup``."""
