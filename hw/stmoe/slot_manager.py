@@ -426,24 +426,24 @@ class SlotManager(wiring.Component):
         in_ended, in_complete, in_cancel_read = Signal(), Signal(), Signal()
         seeking, granting = Signal(), Signal()
         judging, flushing = Signal(), Signal()
-        m.d.sync += [
-            bit.eq(0)
-            for bit in (
-                in_start,
-                in_evict,
-                in_pin,
-                in_route,
-                in_released,
-                in_release,
-                in_ended,
-                in_complete,
-                in_cancel_read,
-                seeking,
-                granting,
-                judging,
-                flushing,
-            )
-        ]
+        bit_of = {
+            "START": in_start,
+            "EVICT": in_evict,
+            "PIN": in_pin,
+            "ROUTE": in_route,
+            "RELEASED": in_released,
+            "RELEASE": in_release,
+            "ENDED": in_ended,
+            "COMPLETE": in_complete,
+            "CANCEL-READ": in_cancel_read,
+        }
+        m.d.sync += [bit.eq(0) for bit in (*bit_of.values(), seeking, granting, judging, flushing)]
+
+        def enter(state):
+            """The next state is this one, which has a bit of its own."""
+            m.next = state
+            m.d.sync += bit_of[state].eq(1)
+
         m.d.comb += [
             queue.flush.eq(flushing),
             take_free.eq(seeking | (in_pin & taking)),
@@ -910,9 +910,8 @@ class SlotManager(wiring.Component):
                             status.eq(self.completion.payload.status),
                             demand_blocked.eq(0),
                             prefetch_blocked.eq(0),
-                            in_ended.eq(1),
                         ]
-                        m.next = "ENDED"
+                        enter("ENDED")
                     with m.Case(Operation.DEMAND, Operation.PREFETCH):
                         # A free slot is taken at once, else a victim is looked for; but not while
                         # a slot that has just become free is on its way through the FIFO, nor
@@ -921,7 +920,6 @@ class SlotManager(wiring.Component):
                             m.d.sync += [
                                 load_slot.eq(free_slot),
                                 evicting.eq(0),
-                                in_start.eq(1),
                                 start_prefetch.eq(~demanding),
                                 written_state.eq(
                                     Mux(
@@ -931,15 +929,14 @@ class SlotManager(wiring.Component):
                                     )
                                 ),
                             ]
-                            m.next = "START"
+                            enter("START")
                         with m.Elif(may_seek):
                             m.d.sync += [of_victim.eq(1), start_prefetch.eq(~demanding)]
                             m.next = "SEARCH"
                     with m.Case(Operation.DISPROVED):
                         m.next = "DISPROVED"
                     with m.Case(Operation.RELEASE):
-                        m.d.sync += in_released.eq(1)
-                        m.next = "RELEASED"
+                        enter("RELEASED")
                     with m.Case(Operation.SCORE_COMMIT):
                         m.d.comb += [
                             counter["score_commits"].eq(1),
@@ -989,9 +986,8 @@ class SlotManager(wiring.Component):
                             # A legal one is of this layer: the DMA scheduler reads its segments.
                             op_layer.eq(expected_layer),
                             route_judged.eq(1),
-                            in_route.eq(1),
                         ]
-                        m.next = "ROUTE"
+                        enter("ROUTE")
 
             with m.State("SEARCH"):
                 # The victim's slot: read for what the chooser is about to answer.
@@ -1002,8 +998,8 @@ class SlotManager(wiring.Component):
                     with m.If(~chooser.admitted):
                         m.d.sync += [start_prefetch.eq(0), of_victim.eq(0)]
                     with m.If(chooser.admitted):
-                        m.d.sync += [in_start.eq(1), written_state.eq(state_of_load)]
-                        m.next = "START"
+                        m.d.sync += written_state.eq(state_of_load)
+                        enter("START")
                     with m.Elif(demanding):
                         m.d.sync += [scan.eq(0), leaving_found.eq(0)]
                         m.next = "MAKE-ROOM"
@@ -1054,21 +1050,20 @@ class SlotManager(wiring.Component):
                     m.d.sync += demand_blocked.eq(1)
                     m.next = "IDLE"
                 with m.Elif(scan == c.transfers - 1):
-                    m.d.sync += [demand_blocked.eq(1), cancel_flag.eq(1), in_cancel_read.eq(1)]
-                    m.next = "CANCEL-READ"
+                    m.d.sync += [demand_blocked.eq(1), cancel_flag.eq(1)]
+                    enter("CANCEL-READ")
             with m.State("DISPROVED"):
                 m.d.comb += disproved_changes.eq(1)
                 m.d.sync += [
                     leaving.eq(table.place.transfer),
                     leaving_found.eq(1),
                     cancel_flag.eq(0),
-                    in_cancel_read.eq(1),
                     *(
                         disproved[e].eq(disproved[e] & (disproved_lane != e))
                         for e in range(experts)
                     ),
                 ]
-                m.next = "CANCEL-READ"
+                enter("CANCEL-READ")
             with m.State("CANCEL-READ"):
                 m.d.sync += [cancel.eq(leaving_found), leaving_slot.eq(loads_read.data.slot)]
                 m.next = "CANCEL"
@@ -1083,7 +1078,6 @@ class SlotManager(wiring.Component):
 
             with m.State("ENDED"):
                 m.d.sync += [
-                    in_complete.eq(1),
                     ended_slot.eq(loads_read.data.slot),
                     freed.eq(
                         (status == CompletionStatus.DRAINED) | (status == CompletionStatus.ERROR)
@@ -1101,7 +1095,7 @@ class SlotManager(wiring.Component):
                             LaneState.PINNED,
                         )
                     )
-                m.next = "COMPLETE"
+                enter("COMPLETE")
             with m.State("COMPLETE"):
                 m.d.comb += [
                     disproved_changes.eq(any_disproved),
@@ -1179,9 +1173,8 @@ class SlotManager(wiring.Component):
                         & (self.release.payload.slot < c.num_slots)
                     ),
                     written_state.eq(LaneState.READY),
-                    in_release.eq(1),
                 ]
-                m.next = "RELEASE"
+                enter("RELEASE")
             with m.State("RELEASE"):
                 slot = self.release.payload.slot
                 m.next = "IDLE"
@@ -1257,7 +1250,7 @@ class SlotManager(wiring.Component):
                 # The row is here and the route is judged: taken now, one way or the other.
                 m.next = "IDLE"
                 with m.If(legal):
-                    m.next = "PIN"
+                    m.next = "PIN"  # its bit is set where all is done that a legal route does
 
             with m.State("PIN"):
                 m.next = "JUDGE"
