@@ -17,6 +17,7 @@ from cocotb.triggers import FallingEdge, RisingEdge
 
 from simulation import Shapes, run_bench, seeds
 from stmoe.learner import DELTA_BITS, Learner
+from stmoe.synthesis import GROUPS
 from stmoe_golden.config import USE_BITS, EngineConfig
 from stmoe_golden.predictor import learn, new_state, params_of
 
@@ -93,7 +94,7 @@ async def learner_is_golden(dut, name: str) -> None:
             port["score"].value = packed(score[part], config.score_bits)
             port["use"].value = packed(use[part], USE_BITS)
             port["used"].value = sum(1 << e - first for e in experts if e in range(count)[part])
-            port["enable"].value = int(enable)
+            port["enable"].value = -int(enable) % (1 << GROUPS)
             await FallingEdge(dut.clk)
             assert (int(port["delta"].value), int(port["use_next"].value)) == expected
             if enable:

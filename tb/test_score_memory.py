@@ -91,6 +91,7 @@ async def rows_are_what_was_written_last(dut, name: str) -> None:
         writes: dict[str, int | None] = dict.fromkeys(width)  # row that is written in this cycle
         expected: dict[str, int] = {}
         asked: list = []  # the row of the cycle before, or what it held
+        blanked = False  # in the cycle before
         for _ in range(300):
             written = set()
             changes = []
@@ -118,14 +119,15 @@ async def rows_are_what_was_written_last(dut, name: str) -> None:
                 # In block RAM a write is seen a cycle later.
                 before = {kind: rows[kind][read] for kind in width}
                 if asked and asked[0] is not None:
-                    expected["score"] = 0 if blank else asked[0]["score"]
+                    expected["score"] = 0 if blanked else asked[0]["score"]
                     expected["use"] = asked[0]["use"]
                 asked = [None if read in written else before]
             else:
                 if asked and asked[0] not in written:
-                    expected["score"] = 0 if blank else rows["score"][asked[0]]
+                    expected["score"] = 0 if blanked else rows["score"][asked[0]]
                     expected["use"] = rows["use"][asked[0]]
                 asked = [read]
+            blanked = blank
             for kind, index, row in changes:
                 rows[kind][index] = row
             await RisingEdge(dut.clk)

@@ -19,6 +19,7 @@ from cocotb.triggers import FallingEdge, RisingEdge
 from simulation import run_bench, seeds, unpack
 from stmoe.payloads import selection_layout
 from stmoe.selector import Selector
+from stmoe.synthesis import GROUPS
 from stmoe_golden.config import EngineConfig
 from stmoe_golden.predictor import select
 
@@ -143,7 +144,7 @@ async def selector_is_golden(dut, name: str) -> None:
         log.warning("%s, seed %d", name, seed)
         rng = random.Random(seed)
         fast = seed % 3 == 0  # nothing stalls: the cycle of every pick is known
-        for port in ("start", "hold", "o__ready"):
+        for port in ("start", "hold", "o__ready", *(["load"] if config.folds == 1 else [])):
             getattr(dut, port).value = 0
         dut.rst.value = 1
         for _ in range(3):
@@ -152,6 +153,10 @@ async def selector_is_golden(dut, name: str) -> None:
         for _ in range(40):
             for _ in range(rng.randrange(3)):
                 dut.o__ready.value = rng.getrandbits(1)
+                if config.folds == 1:
+                    # Nothing comes of a row that is loaded without a start.
+                    dut.load.value = -rng.getrandbits(1) % (1 << GROUPS)
+                    dut.candidates.value = rng.getrandbits(lanes)
                 await FallingEdge(dut.clk)
                 assert not int(dut.o__valid.value) and not int(dut.over.value)
                 await RisingEdge(dut.clk)
@@ -170,6 +175,8 @@ async def selector_is_golden(dut, name: str) -> None:
             dut.threshold.value = threshold & mask
             dut.layer.value = layer
             dut.start.value = 1
+            if config.folds == 1:
+                dut.load.value = (1 << GROUPS) - 1
             for fold in range(config.folds):
                 part = row[fold * lanes : (fold + 1) * lanes]
                 dut.score.value = sum((s & mask) << (bits * e) for e, s in enumerate(part))
@@ -184,6 +191,8 @@ async def selector_is_golden(dut, name: str) -> None:
                 dut.threshold.value = rng.getrandbits(bits)
                 dut.layer.value = rng.randrange(config.num_layers)
             dut.start.value = 0
+            if config.folds == 1:
+                dut.load.value = 0
             dut.score.value = rng.getrandbits(bits * lanes)
             dut.candidates.value = rng.getrandbits(lanes)
             hold = 0 if fast or rng.random() < 0.5 else rng.randrange(20)

@@ -9,6 +9,8 @@ from amaranth.lib.wiring import In, Out
 
 from stmoe_golden.config import FRACTION_BITS, USE_BITS, EngineConfig
 
+from .synthesis import GROUPS, group_of
+
 __all__ = ["DELTA_BITS", "Learner", "RowUpdate", "delta_layout", "use_layout"]
 
 DELTA_BITS = 3
@@ -107,7 +109,7 @@ class Learner(wiring.Component):
     Members
     -------
     enable : In
-        Take the other inputs.
+        Take the other inputs. The same for every group of lanes.
     score : In
         Scores of the layer before this event, quarter units.
     use : In
@@ -126,7 +128,7 @@ class Learner(wiring.Component):
         self.config = config
         super().__init__(
             {
-                "enable": In(1),
+                "enable": In(GROUPS),
                 "score": In(data.ArrayLayout(signed(config.score_bits), config.num_lanes)),
                 "use": In(use_layout(config)),
                 "used": In(config.num_lanes),
@@ -144,15 +146,16 @@ class Learner(wiring.Component):
         limits = [limit << FRACTION_BITS for limit in limits]
         for e in range(c.num_lanes):
             score, used = self.score[e], self.used[e]
+            enable = self.enable[group_of(e, c.num_lanes)]
             graded = Signal(c.score_bits, name=f"graded_{e}")
             m.d.comb += graded.eq(score ^ (~used).replicate(c.score_bits))
             # From the highest limit to the lowest: each is passed only if the one before is.
             low, mid, high = (Signal(name=f"below_{e}_{n}") for n in range(3))
             for below, limit in zip((low, mid, high), limits, strict=True):
-                with m.If(self.enable):
+                with m.If(enable):
                     m.d.sync += below.eq(self._below(graded, limit, used))
             unused = Signal(name=f"unused_{e}")
-            with m.If(self.enable):
+            with m.If(enable):
                 m.d.sync += unused.eq(~used)
             m.d.comb += self.delta[e].eq(
                 Cat(
@@ -173,7 +176,7 @@ class Learner(wiring.Component):
                 borrow.eq(Mux(share.any(), used & count.all(), rest.any())),
                 total.eq(Cat(0, count) - Cat(borrow, share, used.replicate(USE_BITS - len(share)))),
             ]
-            with m.If(self.enable):
+            with m.If(enable):
                 m.d.sync += self.use_next[e].eq(total[1:])
         return m
 

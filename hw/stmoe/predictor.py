@@ -18,7 +18,7 @@ from .learner import Learner, use_layout
 from .payloads import selection_layout
 from .score_memory import ScoreMemory, score_layout
 from .selector import Selector
-from .synthesis import GROUPS, group_register
+from .synthesis import GROUPS, group_enables, group_of, group_register
 from .table_reader import TableReader, table_index_layout
 
 __all__ = ["Predictor", "route_layout", "token_layout"]
@@ -120,7 +120,7 @@ class _RowSum(wiring.Component):
         for e in range(self.config.num_lanes):
             partial = Signal(signed(self.partial_bits), name=f"partial_{e}")
             total = self.total[e]
-            group = e * GROUPS // self.config.num_lanes
+            group = group_of(e, self.config.num_lanes)
             with m.If(self.clear[group]):
                 m.d.sync += [partial.eq(0), total.eq(0)]
             with m.Else():
@@ -388,14 +388,15 @@ class Predictor(wiring.Component):
                     m.d.sync += learn_pass.eq(0)
 
         freshly = delayed(fresh, 2, "fresh")
-        learns = delayed(learn_pass, 3, "learn_pass")
+        learns = delayed(learn_pass, 2, "learn_pass")
         looks = delayed(look_pass, 1, "look_pass")
         loads = delayed(look_pass & first, 5, "load")
         adds = delayed(look_pass & add, 6, "add")
         # A row that has just learned can be presented again five cycles later. The last one can
         # be so by the time that the next event, or a read of the tables, may come.
-        correcting = Signal()
-        m.d.comb += correcting.eq(look_pass | Cat(learns).any())
+        correcting, lately = Signal(), Signal()
+        m.d.sync += lately.eq(Cat(learns[:3]).any())
+        m.d.comb += correcting.eq(look_pass | learn_pass | lately)
 
         look_lane = Signal(eb)
         m.d.comb += look_lane.eq(Array(set_[r] for r in range(top_k))[look_rank])
@@ -503,34 +504,47 @@ class Predictor(wiring.Component):
         fetch_layer = Signal(c.layer_bits)
         bias_layer = Signal(c.layer_bits)
         bias_fold = Signal(c.fold_bits)
-        fetching, port, own = Signal(), Signal(), Signal()
+        fetching = Signal()
         fetch_next, port_next = Signal.like(fetch_layer), Signal()
         # The layer after that one, as long as layers come in order: known in time.
         fetch_after = Signal.like(fetch_layer)
         rows_left = Signal(range(max(2, layers, ahead + 1)))
-        # A route's rows: the layers ahead, then its own. The bit of the row whose turn it is is 0:
-        # what resets the registers of the others comes straight from here.
-        others_turn = Signal(ahead + 1, init=-1)
+        # A route's rows: the layers ahead, then its own. The bit of the row whose turn it is is 0.
+        # What resets the registers of the others comes straight from here: a register for each
+        # group of lanes.
+        others_turn, others_next = Signal(ahead + 1, init=-1), Signal(ahead + 1)
+        # The lane's own layer starts again from its bias, and so does a new sequence (which has no
+        # row in the cycle after it was taken).
+        own_next = ~others_next[ahead] | sequence
+        turns = [group_register(ahead + 1, n, f"others_turn_{n}") for n in range(GROUPS)]
+        owns = [group_register(1, n, f"own_{n}") for n in range(GROUPS)]
+        m.d.comb += others_next.eq(others_turn)
+        m.d.sync += [
+            others_turn.eq(others_next),
+            *(turn.eq(others_next) for turn in turns),
+            *(own.eq(own_next) for own in owns),
+        ]
         valid = delayed(fetching, 3, "row_valid")
+        # Not before the score memory is cleared: until then it writes these rows, which are 0.
+        adds_row = group_enables(m, fetching, "adds_row")
         last_row = fetching & (rows_left == 0)
         last = delayed(last_row & last_fold if folded else last_row, 2, "row_last")
         fetched_layer = Signal.like(fetch_layer)
         m.d.sync += fetched_layer.eq(fetch_layer)
         row = Signal(score_layout(c))
-        # The lane's own layer starts again from its bias, and so does a new sequence.
-        m.d.comb += own.eq(~others_turn[ahead] | sequence)
         for e in range(lanes):
+            group = group_of(e, lanes)
             # A table's sums are 0 but when it is their turn. All sums are 0 for a token.
             parts = []
             for d in range(1, depth + 1):
-                part = Signal(signed(sums[d].total_bits), name=f"part_{d}_{e}")
-                with m.If(others_turn[d - 1]):
+                part = Signal(signed(sums[d].total_bits), name=f"part_{d}_{e}", reset_less=True)
+                with m.If(turns[group][d - 1]):
                     m.d.sync += part.eq(0)
                 with m.Else():
                     m.d.sync += part.eq(sums[d].total[e])
                 parts.append(part)
-            start = Signal(signed(c.score_bits), name=f"start_{e}")
-            with m.If(own):
+            start = Signal(signed(c.score_bits), name=f"start_{e}", reset_less=True)
+            with m.If(owns[group]):
                 again = sums[0].total[e]
                 if folded:
                     again = Mux(is_route, again, 0)
@@ -540,7 +554,7 @@ class Predictor(wiring.Component):
             part = start
             for other in parts:
                 part = part | other
-            with m.If(valid[1]):
+            with m.If(adds_row[group]):
                 m.d.sync += row[e].eq(scores.score[e] + part)
 
         finish, selecting = Signal(), Signal()
@@ -551,7 +565,7 @@ class Predictor(wiring.Component):
             scores.own.eq(port_next),
             scores.layer.eq(fetch_next),
             scores.victim_layer.eq(self.victim_layer),
-            scores.blank.eq(port & own),
+            scores.blank.eq(port_next & own_next),
             scores.score_layer.eq(fetched_layer),
             scores.score_row.eq(row),
             scores.write_score.eq(valid[1]),
@@ -569,7 +583,7 @@ class Predictor(wiring.Component):
             # Use counts are written with the scores of their fold, as they need no place then.
             uses = delayed(fetching & ~others_turn[ahead], 2, "row_use")
             m.d.comb += [
-                learner.enable.eq(freshly[1] | valid[1]),
+                learner.enable.eq(group_enables(m, freshly[0] | valid[0], "grades")),
                 scores.fold.eq(fold_next),
                 scores.victim_fold.eq(self.victim_fold),
                 scores.score_fold.eq(fetched_fold[1]),
@@ -580,7 +594,7 @@ class Predictor(wiring.Component):
             ]
         else:
             m.d.comb += [
-                learner.enable.eq(freshly[1]),
+                learner.enable.eq(group_enables(m, freshly[0], "grades")),
                 scores.write_use.eq(last[1] & is_route),
                 bias.row.eq(bias_layer),
             ]
@@ -599,6 +613,8 @@ class Predictor(wiring.Component):
 
         # Selection -------------------------------------------------------------------------------
         selection_over, delivering = Signal(), Signal()
+        in_select = Signal()  # the FSM is in SELECT
+        m.d.comb += delivering.eq(in_select & ~correcting)
         # The selection goes on with the next layer: its row is taken out of those kept.
         more, restart, again_fold = Signal(), Signal(), Signal(c.fold_bits)
         if c.look:
@@ -643,6 +659,9 @@ class Predictor(wiring.Component):
                 m.d.comb += [
                     start_selection.eq(valid[2] & ~valid[3]),
                     selector.start.eq((start_selection & self.prefetching) | restart),
+                    selector.load.eq(
+                        copies(valid[1] & ~valid[2], "offers") | restart.replicate(GROUPS)
+                    ),
                 ]
             m.d.comb += [
                 selector.score.eq(offered),
@@ -666,7 +685,7 @@ class Predictor(wiring.Component):
             self.route.ready.eq(idle & clear_done & ~self.token.valid),
         ]
         m.d.comb += fetch_next.eq(fetch_layer)
-        m.d.sync += [port.eq(port_next), fetch_layer.eq(fetch_next)]
+        m.d.sync += fetch_layer.eq(fetch_next)
         # Cycles from the last step of the pass until the sums are there when they are needed.
         settle = max(4 if depth else 0, 6 - ahead)
         if folded:
@@ -677,11 +696,12 @@ class Predictor(wiring.Component):
         def next_row():
             m.d.comb += fetch_next.eq(fetch_after)
             m.d.sync += fetch_after.eq(following(fetch_after))
-            m.d.sync += [others_turn.eq(Cat(1, others_turn)), rows_left.eq(rows_left - 1)]
+            m.d.comb += others_next.eq(Cat(1, others_turn))
+            m.d.sync += rows_left.eq(rows_left - 1)
             with m.If(~others_turn[ahead - 1] if ahead else Const(0)):
                 m.d.comb += fetch_next.eq(layer)
             with m.If(rows_left == 0):
-                m.d.sync += others_turn.eq(-1)
+                m.d.comb += others_next.eq(-1)
                 m.next = "WRITE"
 
         def next_bias():
@@ -698,6 +718,7 @@ class Predictor(wiring.Component):
                 m.d.comb += [
                     fetch_next.eq(Mux(self.token.valid, 0, layer)),
                     taken.eq(clear_done & (self.token.valid | self.route.valid)),
+                    others_next.eq(-1),
                 ]
                 m.d.sync += [
                     *(set_[r].eq(route.experts[r]) for r in range(top_k)),
@@ -706,7 +727,6 @@ class Predictor(wiring.Component):
                     kinds.eq(self.kinds),
                     rank.eq(0),
                     step.eq(0),
-                    others_turn.eq(-1),
                     bias_layer.eq(Mux(taken, layer, self.read_index.layer)),
                     *([bias_fold.eq(Mux(taken, 0, read_fold))] if folded else []),
                     self.select_layer.eq(target[1] if ahead else following(layer)),
@@ -752,8 +772,10 @@ class Predictor(wiring.Component):
                 with m.State(f"SETTLE-{n}"):
                     m.next = f"SETTLE-{n + 1}" if n + 1 < settle else "REQUEST"
             with m.State("REQUEST"):
-                m.d.comb += self.commit_request.eq(1)
-                m.d.sync += others_turn.eq(Cat(~is_route, Const(1).replicate(ahead)))
+                m.d.comb += [
+                    self.commit_request.eq(1),
+                    others_next.eq(Cat(~is_route, Const(1).replicate(ahead))),
+                ]
                 with m.If(self.commit_grant):
                     m.d.comb += port_next.eq(1)
                     if folded:
@@ -784,12 +806,13 @@ class Predictor(wiring.Component):
                     next_row()
             with m.State("WRITE"):
                 with m.If(finish):
+                    m.d.sync += in_select.eq(1)
                     m.next = "SELECT"
             with m.State("SELECT"):
-                m.d.comb += delivering.eq(~correcting)
+                m.d.sync += in_select.eq(~selection_over)
                 with m.If(selection_over & ~more):
                     m.d.comb += self.selection_over.eq(1)
-                    m.d.sync += idle.eq(1)
+                    m.d.sync += [idle.eq(1), sequence.eq(0)]
                     if late:
                         m.d.comb += over.eq(1)
                     m.next = "IDLE"
@@ -806,6 +829,7 @@ class Predictor(wiring.Component):
                     m.d.comb += restart.eq(1)
                     m.d.sync += again_fold.eq(again_fold + 1)
                     with m.If(again_fold == c.folds - 1):
+                        m.d.sync += in_select.eq(1)
                         m.next = "SELECT"
 
         return m

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed, unsigned
+from amaranth.hdl import Cat, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import data, memory, wiring
 from amaranth.lib.wiring import In, Out
 
 from stmoe_golden.config import USE_BITS, EngineConfig
 
 from .learner import use_layout
-from .synthesis import ANY_ON_COLLISION, GROUPS, group_register
+from .synthesis import ANY_ON_COLLISION, GROUPS, group_of, group_register
 
 __all__ = ["ScoreMemory", "score_layout"]
 
@@ -49,7 +49,7 @@ class ScoreMemory(wiring.Component):
     fold, victim_fold : In
         Only where there are several.
     blank : In
-        Scores that were asked for in the cycle before are given as 0.
+        Scores that are asked for in this cycle are given as 0.
     score, use : Out
         The rows that were asked for two cycles before. Not reset.
     write_score, write_use : In
@@ -112,9 +112,10 @@ class ScoreMemory(wiring.Component):
                     m.d.sync += write_layer.eq(write_layer + 1)
                 with m.If(clearing & (write_layer == rows - 1)):
                     m.d.sync += [self.clear_done.eq(1), *(write.eq(0) for write in writes)]
-            share = -(-c.num_lanes // GROUPS)
-            for group, first in enumerate(range(0, c.num_lanes, share)):
-                lanes = slice(width * first, width * (first + share))
+            groups = [group_of(e, c.num_lanes) for e in range(c.num_lanes)]
+            for group in sorted(set(groups)):
+                first = groups.index(group)
+                lanes = slice(width * first, width * (first + groups.count(group)))
                 part = row_write.as_value()[lanes]
                 m.submodules[f"{name}_{group}"] = ram = memory.Memory(
                     shape=unsigned(len(part)),
@@ -141,10 +142,13 @@ class ScoreMemory(wiring.Component):
                     write.addr.eq(write_layer),
                     write.data.eq(part),
                 ]
-                with m.If(blank):
-                    m.d.sync += data_read.eq(0)
-                with m.Else():
-                    m.d.sync += data_read.eq(read.data)
+                m.d.sync += data_read.eq(read.data)
+                if blank is not None:
+                    # From a register, as it resets those of all lanes.
+                    blanks = group_register(1, group, f"{name}_{group}_blank")
+                    m.d.sync += blanks.eq(blank)
+                    with m.If(blanks):
+                        m.d.sync += data_read.eq(0)
 
         kind(
             "score_rows",
@@ -158,7 +162,7 @@ class ScoreMemory(wiring.Component):
         kind(
             "use_rows",
             USE_BITS,
-            Const(0),
+            None,
             self.use,
             self.write_use,
             use_address,

@@ -12,6 +12,7 @@ from stmoe_golden.config import EngineConfig
 from .folded_lanes import expert_of
 from .payloads import selection_layout
 from .score_memory import score_layout
+from .synthesis import GROUPS, group_of
 
 __all__ = ["Selector"]
 
@@ -22,10 +23,12 @@ class _Node:
     ``ready``: it has been filled, with a candidate if ``valid``, else nothing is left below.
     ``take`` is set combinationally by the node above in the cycle in which it takes what is here;
     a node then fills itself again. (That one of two exhausted children is taken does no harm.)
+    ``passes``, of the root where it is asked for: it is ``valid`` and not below the threshold.
     """
 
-    def __init__(self, name, score, lane, valid, ready):
+    def __init__(self, name, score, lane, valid, ready, passes=None):
         self.score, self.lane, self.valid, self.ready = score, lane, valid, ready
+        self.passes = passes
         self.take = Signal(name=f"{name}_take")
 
 
@@ -57,6 +60,10 @@ class Selector(wiring.Component):
         One cycle, not before ``over`` of the last selection: take ``score``, ``candidates``,
         ``threshold`` and ``layer``. With several folds F cycles, the folds in their order,
         one a cycle: only ``score`` and ``candidates`` are taken with those after the first.
+    load : In
+        Only where there is one fold, and the same for every group of lanes: high with ``start``,
+        and otherwise only where ``start`` might be. The lanes take ``score`` and ``candidates``
+        with this, as there are hundreds of registers.
     fold : In
         Only where there are several.
     score : In
@@ -80,7 +87,7 @@ class Selector(wiring.Component):
         if not isinstance(config, EngineConfig):
             raise TypeError(f"config must be an EngineConfig, not {config!r}")
         self.config = config
-        folds = {"fold": In(config.fold_bits)} if config.folds > 1 else {}
+        folds = {"fold": In(config.fold_bits)} if config.folds > 1 else {"load": In(GROUPS)}
         super().__init__(
             {
                 "start": In(1),
@@ -105,7 +112,7 @@ class Selector(wiring.Component):
         if c.folds > 1:
             self._folded(m, threshold, layer)
             return m
-        root = self._tree(m, self.start, self.score, self.candidates)
+        root = self._tree(m, self.load, self.score, self.candidates, threshold)
 
         count = Signal(range(c.num_select + 1))
         full = Signal()
@@ -115,7 +122,7 @@ class Selector(wiring.Component):
         waiting = Signal()  # the output register holds a pick
         payload = Signal(self.o.payload.shape())
         m.d.comb += [
-            passes.eq(root.valid & (root.score >= threshold) & ~full),
+            passes.eq(root.passes & ~full),
             # Only once the tree has settled on a best candidate or on none.
             ended.eq(full | (root.ready & ~passes)),
             root.take.eq(running & root.ready & passes & (~waiting | (self.o.ready & ~self.hold))),
@@ -144,17 +151,20 @@ class Selector(wiring.Component):
             ]
         return m
 
-    def _tree(self, m, start, row, candidates) -> _Node:
-        """The root of a tournament that begins anew with ``start``."""
+    def _tree(self, m, load, row, candidates, threshold=None) -> _Node:
+        """The root of a tournament that begins anew with ``load``, of each group of lanes. It has
+        ``passes`` if there is a threshold, which stands from the cycle after ``load`` on."""
         c = self.config
         nodes = []
         for e in range(c.num_lanes):
             score = Signal(signed(c.score_bits), name=f"leaf_{e}_score", reset_less=True)
             valid = Signal(name=f"leaf_{e}_valid")
-            leaf = _Node(f"leaf_{e}", score, e, valid, Const(1))
+            alone = c.num_lanes == 1 and threshold is not None
+            passes = valid & (score >= threshold) if alone else None
+            leaf = _Node(f"leaf_{e}", score, e, valid, Const(1), passes)
             with m.If(leaf.take):
                 m.d.sync += valid.eq(0)
-            with m.If(start):
+            with m.If(load[group_of(e, c.num_lanes)]):
                 m.d.sync += [score.eq(row[e]), valid.eq(candidates[e])]
             nodes.append(leaf)
         level = 0
@@ -165,7 +175,8 @@ class Selector(wiring.Component):
                 if len(pair) == 1:
                     above.append(pair[0])
                     continue
-                above.append(self._join(m, f"node_{level}_{i // 2}", start, *pair))
+                limit = threshold if len(nodes) == 2 else None
+                above.append(self._join(m, f"node_{level}_{i // 2}", load[0], *pair, limit))
             nodes, level = above, level + 1
         (root,) = nodes
         return root
@@ -191,7 +202,7 @@ class Selector(wiring.Component):
         ]
         row = Signal(score_layout(c))
         m.d.comb += row.as_value().eq(read.data)
-        root = self._tree(m, loading, row, read.data[row_bits:])
+        root = self._tree(m, loading.replicate(GROUPS), row, read.data[row_bits:])
 
         # The best so far, in order.
         expert_bits = (c.num_experts - 1).bit_length()
@@ -252,7 +263,7 @@ class Selector(wiring.Component):
                 layer.eq(self.layer),
             ]
 
-    def _join(self, m, name, start, first, second):
+    def _join(self, m, name, load, first, second, threshold):
         """A node above ``first`` and ``second``, whose lanes are all lower than ``second``'s."""
         score = Signal(signed(self.config.score_bits), name=f"{name}_score", reset_less=True)
         lane = Signal(range(max(2, self.config.num_lanes)), name=f"{name}_lane", reset_less=True)
@@ -278,7 +289,13 @@ class Selector(wiring.Component):
                 score.eq(Mux(higher, second.score, first.score)),
                 lane.eq(Mux(higher, second.lane, first.lane)),
             ]
-        with m.If(start):
+        if threshold is not None:
+            # Compared before the better child is known, as much hangs on it in the cycle after.
+            node.passes = Signal(name=f"{name}_passes")
+            first_passes, second_passes = (n.valid & (n.score >= threshold) for n in (first, second))
+            with m.If(refill):
+                m.d.sync += node.passes.eq(Mux(higher, second_passes, first_passes))
+        with m.If(load):
             m.d.sync += ready.eq(0)
         with m.Else():
             m.d.sync += ready.eq((ready | (first.ready & second.ready)) & ~node.take)

@@ -324,6 +324,7 @@ class SlotManager(wiring.Component):
         # Which expert is cancelled next, and whether any is: a cycle behind `disproved`, so nothing
         # else is begun in the cycle after that has changed.
         disproved_lane = Signal(eb)
+        of_event = Signal()  # what has ended is of the latest event's layer
         any_disproved, disproved_changes, disproved_changed = Signal(), Signal(), Signal()
         m.d.sync += [
             any_disproved.eq(disproved.any()),
@@ -424,6 +425,7 @@ class SlotManager(wiring.Component):
         in_start, in_evict, in_pin, in_route = Signal(), Signal(), Signal(), Signal()
         in_released, in_release = Signal(), Signal()
         in_ended, in_complete, in_cancel_read = Signal(), Signal(), Signal()
+        in_disproved = Signal()
         seeking, granting = Signal(), Signal()
         judging, flushing = Signal(), Signal()
         bit_of = {
@@ -436,6 +438,7 @@ class SlotManager(wiring.Component):
             "ENDED": in_ended,
             "COMPLETE": in_complete,
             "CANCEL-READ": in_cancel_read,
+            "DISPROVED": in_disproved,
         }
         m.d.sync += [bit.eq(0) for bit in (*bit_of.values(), seeking, granting, judging, flushing)]
 
@@ -597,7 +600,8 @@ class SlotManager(wiring.Component):
         # The experts of a routing event, one a cycle: residents first, then those on their way.
         # Stage 0 reads the slot, stage 1 grants and reads the pins, stage 2 promotes, stage 3 adds
         # one to the pins.
-        todo_rank = Signal(rank_bits)
+        # A bit for each that is still to be looked at.
+        todo, todo_rank = Signal(top_k), Signal(rank_bits)
         m.d.comb += todo_rank.eq(
             Mux(hits.any(), hit_rank, Mux(promotes.any(), promote_rank, missed_rank))
         )
@@ -614,7 +618,7 @@ class SlotManager(wiring.Component):
         rank_state = [Signal(LaneState, name=f"rank_state_{rank}") for rank in range(top_k)]
         todo_state = Array(rank_state)[todo_rank]
         judged_all = Signal()
-        m.d.comb += judged_all.eq(~(hits.any() | promotes.any() | missed.any()))
+        m.d.comb += judged_all.eq(~todo[0])
         m.d.sync += [
             stage1.eq(judging & ~judged_all),
             stage1_hit.eq(hits.any()),
@@ -629,6 +633,7 @@ class SlotManager(wiring.Component):
             stage2_transfer.eq(table.place.transfer),
         ]
         with m.If(judging):
+            m.d.sync += todo.eq(todo[1:])
             with m.If(hits.any()):
                 m.d.sync += hits.eq(hits & (hits - 1))
             with m.Elif(promotes.any()):
@@ -934,7 +939,7 @@ class SlotManager(wiring.Component):
                             m.d.sync += [of_victim.eq(1), start_prefetch.eq(~demanding)]
                             m.next = "SEARCH"
                     with m.Case(Operation.DISPROVED):
-                        m.next = "DISPROVED"
+                        enter("DISPROVED")
                     with m.Case(Operation.RELEASE):
                         enter("RELEASED")
                     with m.Case(Operation.SCORE_COMMIT):
@@ -1058,10 +1063,6 @@ class SlotManager(wiring.Component):
                     leaving.eq(table.place.transfer),
                     leaving_found.eq(1),
                     cancel_flag.eq(0),
-                    *(
-                        disproved[e].eq(disproved[e] & (disproved_lane != e))
-                        for e in range(experts)
-                    ),
                 ]
                 enter("CANCEL-READ")
             with m.State("CANCEL-READ"):
@@ -1110,10 +1111,6 @@ class SlotManager(wiring.Component):
                 }
                 m.d.sync += promised.eq(table.info.pins)
                 m.next = "IDLE"
-                with m.If(op_layer == event_layer):
-                    # An expert that has arrived, or failed, is no longer to be cancelled.
-                    with m.If(~ended_cancelled):
-                        m.d.sync += disproved.eq(disproved & ~op_lane)
                 with m.Switch(status):
                     with m.Case(CompletionStatus.DONE):
                         m.d.comb += [
@@ -1317,9 +1314,6 @@ class SlotManager(wiring.Component):
                 m.d.comb += table.row_write_lanes[e].eq(
                     event_set[e] & (resident_taken[e] | on_its_way)
                 )
-                m.d.sync += disproved[e].eq(
-                    (row_taken[e] == LaneState.LOADING_PREFETCH) & ~event_set[e]
-                )
             m.d.sync += [
                 op_expert.eq(first_missing),
                 demand_begun.eq(taking),
@@ -1408,6 +1402,7 @@ class SlotManager(wiring.Component):
                 prefetch_blocked.eq(0),
                 in_pin.eq(1),
                 judging.eq(1),
+                todo.eq(-1),
                 flushing.eq(1),
                 written_state.eq(LaneState.LOADING_DEMAND),
             ]
@@ -1434,6 +1429,21 @@ class SlotManager(wiring.Component):
                 ]
         with m.If(in_released):
             m.d.sync += [op_layer.eq(table.info.layer), op_expert.eq(table.info.expert)]
+
+        # An expert that is cancelled, has arrived or failed, is no longer to be cancelled.
+        for e in range(experts):
+            m.d.sync += disproved[e].eq(
+                Mux(
+                    in_pin,
+                    (row_taken[e] == LaneState.LOADING_PREFETCH) & ~event_set[e],
+                    disproved[e]
+                    & ~(in_disproved & (disproved_lane == e))
+                    & ~(in_complete & of_event & op_lane[e]),
+                )
+            )
+        m.d.sync += of_event.eq(
+            (loads_read.data.layer == event_layer) & ~cancelled.bit_select(ended_index, 1)
+        )
 
         with m.If(cancelling):
             m.d.comb += [

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Signal
+from amaranth.hdl import Cat, Module, Signal, Value
 
-__all__ = ["ANY_ON_COLLISION", "GROUPS", "group_register"]
+__all__ = ["ANY_ON_COLLISION", "GROUPS", "group_enables", "group_of", "group_register"]
 
 ANY_ON_COLLISION = {"no_rw_check": 1}
 """Attributes of a memory of which nothing is used that was read in the cycle of a write to the same
@@ -16,6 +16,11 @@ GROUPS = 4
 """Groups of lanes that have a :func:`group_register` each; there are no more kinds of them."""
 
 
+def group_of(lane: int, lanes: int) -> int:
+    """The group that a lane is in: neighbours, as equal in number as may be."""
+    return lane * GROUPS // lanes
+
+
 def group_register(width: int, group: int, name: str) -> Signal:
     """A register for one of :data:`GROUPS` groups of lanes, all of which hold the same.
 
@@ -23,3 +28,14 @@ def group_register(width: int, group: int, name: str) -> Signal:
     whether they are reset.
     """
     return Signal(width, name=name, init=-(group & 1) % (1 << width), reset_less=group & 2 != 0)
+
+
+def group_enables(m: Module, signal: Value, name: str) -> Value:
+    """``signal`` (one bit) as it was in the cycle before, for each of :data:`GROUPS` groups.
+
+    Where a :func:`group_register` will not do, as some of those are 1 after reset: these are all 0
+    from reset on. Two registers that are not merged as one of them holds the complement.
+    """
+    plain, complement = Signal(name=name), Signal(init=1, name=f"{name}_complement")
+    m.d.sync += [plain.eq(signal), complement.eq(~signal)]
+    return Cat(plain, ~complement).replicate(GROUPS // 2)

@@ -11,6 +11,7 @@ from stmoe_golden.config import FRACTION_BITS, USE_BITS, EngineConfig
 
 from .expert_map import LaneState, lane_bits
 from .folded_lanes import expert_of, fold_and_lane, sublane_bits
+from .synthesis import GROUPS, group_of, group_register
 
 __all__ = ["VictimChooser"]
 
@@ -131,7 +132,7 @@ class VictimChooser(wiring.Component):
         ``admitted``: found, and for a prefetch its value with ``config.admission_bonus`` is more
         than the victim's. All are registers, and of use only with ``done``.
     layer_ahead, expert_ahead : Out
-        ``layer`` and ``expert`` of the next cycle.
+        ``layer`` and ``expert`` of the next cycle, in the cycle before ``done``.
     """
 
     def __init__(self, config: EngineConfig):
@@ -224,9 +225,12 @@ class VictimChooser(wiring.Component):
         m.d.comb += [
             lowest.mask.eq(mask),
             *(lowest.values[e].eq(value[e]) for e in range(lanes)),
+        ]
+        m.d.sync += [
+            lower.eq(lowest.value < best_value),
+            # The layer is that of the cycle before in all in which this is looked at.
             excluded.eq(Mux(excluding & (layer == self.latest_layer), self.current_set, 0)),
         ]
-        m.d.sync += lower.eq(lowest.value < best_value)
 
         fold, first, next_fold = Signal(c.fold_bits), Signal(), Signal(c.fold_bits)
         load_fold, load_lane = fold_and_lane(c, self.load_expert)
@@ -234,11 +238,27 @@ class VictimChooser(wiring.Component):
             m.d.comb += [lowest.fold.eq(fold), lowest.first.eq(first)]
             m.d.sync += first.eq(0)
 
-        def take(some):
-            """The row that is here goes into the tree, of it ``some`` lanes."""
-            m.d.sync += mask.eq(some)
-            for e in range(lanes):
-                m.d.sync += value[e].eq(self.score[e] + (self.use[e] << c.use_shift))
+        # The states in which a layer is decided upon, from registers of their own, as the address
+        # of its rows goes far: in WALK, OWN, NEXT, and in COMPARE when the tree's answer is here.
+        in_walk, in_own, in_next, answered = Signal(), Signal(), Signal(), Signal()
+        m.d.sync += [bit.eq(0) for bit in (in_walk, in_own, in_next, answered)]
+
+        # The row that is here goes into the tree, of it the lanes that may go, or in WALK the one
+        # of what is to be loaded. Known a cycle ahead, as it goes to every lane.
+        takes, takes_next = [group_register(1, n, f"takes_{n}") for n in range(GROUPS)], Signal()
+        may_go = [
+            ((self.row[e] == LaneState.READY) | (self.row[e] == LaneState.READY_UNUSED))
+            & ~excluded[e]
+            for e in range(experts)
+        ]
+        some = Array(Cat(may_go[n * lanes : (n + 1) * lanes]) for n in range(c.folds))[next_fold]
+        m.d.sync += [group.eq(takes_next) for group in takes]
+        for e in range(lanes):
+            with m.If(takes[group_of(e, lanes)]):
+                m.d.sync += [
+                    mask[e].eq(Mux(in_walk, load_lane == e, some[e])),
+                    value[e].eq(self.score[e] + (self.use[e] << c.use_shift)),
+                ]
 
         def keep():
             m.d.sync += [
@@ -248,21 +268,17 @@ class VictimChooser(wiring.Component):
                 self.layer.eq(layer),
                 self.expert.eq(lowest.lane),
             ]
-            m.d.comb += keeps.eq(1)
 
-        keeps = Signal()
+        # When the tree's answer is here it is what comes next, unless all layers are compared: then
+        # `done` comes cycles later.
         m.d.comb += [
-            self.layer_ahead.eq(Mux(keeps, layer, self.layer)),
-            self.expert_ahead.eq(Mux(keeps, lowest.lane, self.expert)),
+            self.layer_ahead.eq(Mux(answered, layer, self.layer)),
+            self.expert_ahead.eq(Mux(answered, lowest.lane, self.expert)),
         ]
 
         before, last = Signal(c.layer_bits), Signal()
         m.d.sync += before.eq(Mux(layer_next == 0, layers - 1, layer_next - 1))
 
-        # The states in which a layer is decided upon, from registers of their own, as the address
-        # of its rows goes far: in WALK, OWN, NEXT, and in COMPARE when the tree's answer is here.
-        in_walk, in_own, in_next, answered = Signal(), Signal(), Signal(), Signal()
-        m.d.sync += [bit.eq(0) for bit in (in_walk, in_own, in_next, answered)]
         m.d.comb += layer_next.eq(
             Mux(
                 in_walk,
@@ -301,10 +317,10 @@ class VictimChooser(wiring.Component):
                         m.next = "CANDIDATE"
             with m.State("CANDIDATE"):
                 m.d.sync += in_walk.eq(1)
+                m.d.comb += takes_next.eq(1)
                 m.next = "WALK"
             with m.State("WALK"):
                 # The scores of the layer to be loaded are here; the layers to be walked follow.
-                take(Cat(load_lane == e for e in range(lanes)))
                 if c.folds > 1:
                     m.d.sync += first.eq(1)
                 m.d.sync += tried_own.eq(~some_over)
@@ -315,28 +331,20 @@ class VictimChooser(wiring.Component):
                 m.next = "READ"
             with m.State("READ"):
                 m.d.sync += count.eq(0)
+                m.d.comb += takes_next.eq(1)
                 m.next = "ROW"
                 if c.folds > 1:
                     m.d.comb += self.score_fold.eq(1)
                     m.d.sync += next_fold.eq(0)
             with m.State("ROW"):
-                evictable = Cat(
-                    (self.row[e] == LaneState.READY) | (self.row[e] == LaneState.READY_UNUSED)
-                    for e in range(experts)
-                )
                 if c.folds == 1:
-                    take(evictable & ~excluded)
                     m.d.sync += answered.eq(lowest.levels == 0)
                     m.next = "COMPARE"
                 else:
-                    ready = Signal(experts)
                     m.d.comb += [
-                        ready.eq(evictable & ~excluded),
                         self.score_fold.eq(next_fold + 2),
+                        takes_next.eq(next_fold != c.folds - 1),
                     ]
-                    take(
-                        Array(ready[n * lanes : (n + 1) * lanes] for n in range(c.folds))[next_fold]
-                    )
                     m.d.sync += [
                         fold.eq(next_fold),
                         next_fold.eq(next_fold + 1),
