@@ -504,8 +504,10 @@ class Predictor(wiring.Component):
         fetch_layer = Signal(c.layer_bits)
         bias_layer = Signal(c.layer_bits)
         bias_fold = Signal(c.fold_bits)
-        fetching = Signal()
-        fetch_next, port_next = Signal.like(fetch_layer), Signal()
+        # Where the FSM is, from registers of their own: in REQUEST; in one of BIAS; in COMMIT.
+        requesting, in_bias, fetching = Signal(), Signal(), Signal()
+        # The predictor reads a score row; the next one in a commit. Both a cycle ahead.
+        reads, row_next = Signal(), Signal.like(fetch_layer)
         # The layer after that one, as long as layers come in order: known in time.
         fetch_after = Signal.like(fetch_layer)
         rows_left = Signal(range(max(2, layers, ahead + 1)))
@@ -518,7 +520,14 @@ class Predictor(wiring.Component):
         own_next = ~others_next[ahead] | sequence
         turns = [group_register(ahead + 1, n, f"others_turn_{n}") for n in range(GROUPS)]
         owns = [group_register(1, n, f"own_{n}") for n in range(GROUPS)]
-        m.d.comb += others_next.eq(others_turn)
+        advances = fetching & last_fold if folded else fetching
+        m.d.comb += others_next.eq(
+            Mux(
+                requesting,
+                Cat(~is_route, Const(1).replicate(ahead)),
+                Mux(advances, Cat(1, others_turn), others_turn),
+            )
+        )
         m.d.sync += [
             others_turn.eq(others_next),
             *(turn.eq(others_next) for turn in turns),
@@ -562,10 +571,10 @@ class Predictor(wiring.Component):
         m.d.comb += [
             finish.eq(last[2]),
             # Asked for a cycle ahead: the score memory has a register of its own for the address.
-            scores.own.eq(port_next),
-            scores.layer.eq(fetch_next),
+            scores.own.eq(reads),
+            scores.layer.eq(Mux(advances, row_next, Mux(idle | fresh, layer, fetch_layer))),
             scores.victim_layer.eq(self.victim_layer),
-            scores.blank.eq(port_next & own_next),
+            scores.blank.eq(reads & own_next),
             scores.score_layer.eq(fetched_layer),
             scores.score_row.eq(row),
             scores.write_score.eq(valid[1]),
@@ -684,8 +693,24 @@ class Predictor(wiring.Component):
             self.token.ready.eq(idle & clear_done),
             self.route.ready.eq(idle & clear_done & ~self.token.valid),
         ]
-        m.d.comb += fetch_next.eq(fetch_layer)
-        m.d.sync += fetch_layer.eq(fetch_next)
+        m.d.comb += [
+            self.commit_request.eq(requesting),
+            reads.eq(taken | self.commit_grant | in_bias | fetching),
+            row_next.eq(fetch_after),
+        ]
+        if ahead:
+            with m.If(~others_turn[ahead - 1]):
+                m.d.comb += row_next.eq(layer)
+        m.d.sync += [bit.eq(0) for bit in (requesting, in_bias, fetching)]
+
+        def request():
+            m.d.sync += requesting.eq(1)
+            m.next = "REQUEST"
+
+        def commit():
+            m.d.sync += fetching.eq(1)
+            m.next = "COMMIT"
+
         # Cycles from the last step of the pass until the sums are there when they are needed.
         settle = max(4 if depth else 0, 6 - ahead)
         if folded:
@@ -694,14 +719,13 @@ class Predictor(wiring.Component):
             following_fold = Mux(last_fold, 0, fetch_fold + 1)
 
         def next_row():
-            m.d.comb += fetch_next.eq(fetch_after)
-            m.d.sync += fetch_after.eq(following(fetch_after))
-            m.d.comb += others_next.eq(Cat(1, others_turn))
-            m.d.sync += rows_left.eq(rows_left - 1)
-            with m.If(~others_turn[ahead - 1] if ahead else Const(0)):
-                m.d.comb += fetch_next.eq(layer)
+            m.d.sync += [
+                fetch_layer.eq(row_next),
+                fetch_after.eq(following(fetch_after)),
+                rows_left.eq(rows_left - 1),
+            ]
             with m.If(rows_left == 0):
-                m.d.comb += others_next.eq(-1)
+                m.d.sync += fetching.eq(0)
                 m.next = "WRITE"
 
         def next_bias():
@@ -715,11 +739,7 @@ class Predictor(wiring.Component):
         with m.FSM():
             with m.State("IDLE"):
                 route = self.route.payload
-                m.d.comb += [
-                    fetch_next.eq(Mux(self.token.valid, 0, layer)),
-                    taken.eq(clear_done & (self.token.valid | self.route.valid)),
-                    others_next.eq(-1),
-                ]
+                m.d.comb += taken.eq(clear_done & (self.token.valid | self.route.valid))
                 m.d.sync += [
                     *(set_[r].eq(route.experts[r]) for r in range(top_k)),
                     learning.eq(self.learning),
@@ -727,75 +747,79 @@ class Predictor(wiring.Component):
                     kinds.eq(self.kinds),
                     rank.eq(0),
                     step.eq(0),
+                    rows_left.eq(ahead),
+                    fetch_layer.eq(layer),
                     bias_layer.eq(Mux(taken, layer, self.read_index.layer)),
                     *([bias_fold.eq(Mux(taken, 0, read_fold))] if folded else []),
                     self.select_layer.eq(target[1] if ahead else following(layer)),
                     *([distance.eq(0)] if c.look > 1 else []),
                 ]
+                with m.If(self.token.valid):
+                    # It is taken, now or when the tables are clear.
+                    m.d.sync += [
+                        *(target[d].eq(d) for d in range(ahead + 1)),
+                        fetch_layer.eq(0),
+                        fetch_after.eq(1 if layers > 1 else 0),
+                        self.select_layer.eq(0),
+                        rows_left.eq(
+                            Mux(self.token.payload.new_sequence, layers - 1, max(1, c.look) - 1)
+                        ),
+                    ]
                 with m.If(taken):
-                    m.d.comb += port_next.eq(1)
                     m.d.sync += [
                         idle.eq(0),
                         is_route.eq(~self.token.valid),
                         sequence.eq(self.token.valid & self.token.payload.new_sequence),
                     ]
                     with m.If(self.token.valid):
-                        m.d.sync += [
-                            *(target[d].eq(d) for d in range(ahead + 1)),
-                            fetch_after.eq(1 if layers > 1 else 0),
-                            bias_layer.eq(0),
-                            self.select_layer.eq(0),
-                            rows_left.eq(
-                                Mux(self.token.payload.new_sequence, layers - 1, max(1, c.look) - 1)
-                            ),
-                        ]
-                        m.next = "REQUEST"
+                        m.d.sync += bias_layer.eq(0)
+                        request()
                     with m.Else():
-                        m.d.sync += rows_left.eq(ahead)
                         m.next = "LOOK"
             with m.State("LOOK"):
-                m.d.comb += fetch_next.eq(target[1] if ahead else layer)
-                m.d.sync += fetch_after.eq(target[2] if ahead > 1 else following(target[ahead]))
+                m.d.sync += [
+                    fetch_layer.eq(target[1] if ahead else layer),
+                    fetch_after.eq(target[2] if ahead > 1 else following(target[ahead])),
+                ]
                 passed = last_step & look_pass
                 if folded:
                     passed &= last_pass
                     m.d.sync += bias_fold.eq(fetch_fold)
                     with m.If(fresh & ~last_fold):
-                        m.d.comb += [
-                            port_next.eq(1),
-                            fetch_next.eq(layer),
-                            fold_next.eq(fetch_fold + 1),
-                        ]
+                        m.d.comb += [reads.eq(1), fold_next.eq(fetch_fold + 1)]
                 with m.If(passed):
-                    m.next = "SETTLE-1" if settle > 1 else "REQUEST"
+                    if settle > 1:
+                        m.next = "SETTLE-1"
+                    else:
+                        request()
             for n in range(1, settle):
                 with m.State(f"SETTLE-{n}"):
-                    m.next = f"SETTLE-{n + 1}" if n + 1 < settle else "REQUEST"
-            with m.State("REQUEST"):
-                m.d.comb += [
-                    self.commit_request.eq(1),
-                    others_next.eq(Cat(~is_route, Const(1).replicate(ahead))),
-                ]
-                with m.If(self.commit_grant):
-                    m.d.comb += port_next.eq(1)
-                    if folded:
-                        m.next = "BIAS-1"
+                    if n + 1 < settle:
+                        m.next = f"SETTLE-{n + 1}"
                     else:
-                        with m.If(sequence):
-                            m.next = "BIAS-1"
-                        with m.Else():
-                            m.next = "COMMIT"
+                        request()
+            with m.State("REQUEST"):
+                m.d.sync += requesting.eq(~self.commit_grant)
+                with m.If(self.commit_grant):
+                    with m.If(Const(1) if folded else sequence):
+                        m.d.sync += in_bias.eq(1)
+                        m.next = "BIAS-1"
+                    with m.Else():
+                        commit()
             # The bias of a layer is there two cycles after it was asked for.
             for n in (1, 2):
                 with m.State(f"BIAS-{n}"):
-                    m.d.comb += port_next.eq(1)
                     if folded:
                         next_bias()
                     else:
                         m.d.sync += bias_layer.eq(bias_layer + 1)
-                    m.next = "COMMIT" if n == 2 else "BIAS-2"
+                    if n == 1:
+                        m.d.sync += in_bias.eq(1)
+                        m.next = "BIAS-2"
+                    else:
+                        commit()
             with m.State("COMMIT"):
-                m.d.comb += [fetching.eq(1), port_next.eq(1)]
+                m.d.sync += fetching.eq(1)
                 if folded:
                     m.d.comb += fold_next.eq(following_fold)
                     next_bias()

@@ -260,8 +260,11 @@ class SlotManager(wiring.Component):
         missed, hits, promotes = Signal(top_k), Signal(top_k), Signal(top_k)
         disproved = Signal(experts)
         expected_layer = Signal(c.layer_bits)
-        token_taken = Signal()
-        outstanding = Signal(range(4 * top_k + 1))
+        at_boundary = Signal(init=1)
+        """Before a token: layer 0 is expected, and no token has been taken for it."""
+        # Grants that are owed or not yet released, and whether those of another route may join
+        # them. A route takes longer than it takes until that is known again.
+        outstanding, has_room = Signal(range(4 * top_k + 1)), Signal()
         outstanding_add = Signal(range(top_k + 1))
         outstanding_sub = Signal()
         # Counted a cycle later, as nothing that may not begin then does: it is far from what is
@@ -270,6 +273,7 @@ class SlotManager(wiring.Component):
         m.d.sync += [
             outstanding_change.eq(outstanding_add - outstanding_sub),
             outstanding.eq(outstanding + outstanding_change),
+            has_room.eq(outstanding <= 3 * top_k),
         ]
 
         # Loads in flight: what stays the same in LUT RAM, what changes in registers.
@@ -353,7 +357,7 @@ class SlotManager(wiring.Component):
             with m.If(route.experts[rank] < experts):
                 m.d.comb += route_set.bit_select(route.experts[rank][:eb], 1).eq(1)
         duplicates = [route.experts[i] == route.experts[j] for j in range(top_k) for i in range(j)]
-        legal = Signal()
+        legal, is_last = Signal(), Signal()
         event_next = Signal(experts)
         event_lanes = Signal(data.ArrayLayout(unsigned(eb), top_k))
         event_hot = [
@@ -367,6 +371,7 @@ class SlotManager(wiring.Component):
                 & Cat(x < experts for x in route.experts).all()
                 & ~Cat(*duplicates, Const(0, 1)).any()
             ),
+            is_last.eq(route.layer == layers - 1),
             event_next.eq(route_set),
             *(event_lanes[rank].eq(route.experts[rank]) for rank in range(top_k)),
             *(event_hot[rank].eq(1 << route.experts[rank][:eb]) for rank in range(top_k)),
@@ -744,13 +749,11 @@ class SlotManager(wiring.Component):
 
         # Which input may be taken ---------------------------------------------------------------
         token = self.token.payload
-        at_boundary = Signal()
         take_token, judge_route = Signal(), Signal()
         predictor_idle = Signal()
         m.d.comb += [
             # Idle is idle: `predictor_route.ready` may depend on `predictor_token.valid`.
             predictor_idle.eq(self.predictor_token.ready & ~token_begins),
-            at_boundary.eq((expected_layer == 0) & ~token_taken),
             take_token.eq(
                 self.token.valid
                 & predictor_idle
@@ -762,7 +765,7 @@ class SlotManager(wiring.Component):
                 & predictor_idle
                 & ~demanding
                 & ~at_boundary
-                & (outstanding <= 3 * top_k)
+                & has_room
             ),
         ]
 
@@ -781,8 +784,13 @@ class SlotManager(wiring.Component):
         written_state = Signal(LaneState)
         m.d.sync += written_state.eq(LaneState.NONE)
         state_of_load = Mux(start_prefetch, LaneState.LOADING_PREFETCH, LaneState.LOADING_DEMAND)
-        released, releasable = Signal(slot_info_layout(c)), Signal()
-        last_pin = Signal()
+        # Block RAM is slow: what it says of the slot is looked at in the next cycle, in RELEASE.
+        released, releasable_slot = Signal(slot_info_layout(c)), Signal()
+        releasable, last_pin = Signal(), Signal()
+        m.d.comb += [
+            releasable.eq(releasable_slot & (released.pins != 0)),
+            last_pin.eq(released.pins == 1),
+        ]
         pin_seeks, may_seek = Signal(), Signal()
         m.d.comb += may_seek.eq(none_free & ~has_free & ~table.settling)
         operation = Signal(Operation)
@@ -854,12 +862,6 @@ class SlotManager(wiring.Component):
                 ),
             ]
             with m.State("CLEAR"):
-                m.d.comb += [
-                    table.row_write.eq(walk < layers),
-                    table.row_write_layer.eq(walk),
-                    table.row_write_lanes.eq(~0),
-                    table.info_write.eq(walk < c.num_slots),
-                ]
                 m.d.sync += [
                     walk.eq(walk + 1),
                     freed.eq(walk < c.num_slots),
@@ -982,7 +984,7 @@ class SlotManager(wiring.Component):
                                         data=token.token_id,
                                     ),
                                 ]
-                                m.d.sync += [token_taken.eq(1), expected_layer.eq(0)]
+                                m.d.sync += [at_boundary.eq(0), expected_layer.eq(0)]
                                 with m.If(token.new_sequence):
                                     m.d.sync += flushing.eq(1)
                                     m.next = "FLUSH"
@@ -1024,10 +1026,7 @@ class SlotManager(wiring.Component):
                 with m.If(~self.start.ready):
                     m.d.sync += written_state.eq(state_of_load)
                 with m.If(self.start.ready):
-                    m.d.comb += [
-                        table.row_write.eq(1),
-                        queue.o.ready.eq(start_prefetch),
-                    ]
+                    m.d.comb += queue.o.ready.eq(start_prefetch)
                     m.d.sync += [start_prefetch.eq(0), of_victim.eq(0)]
                     m.d.sync += in_evict.eq(evicting)
                     with m.If(evicting):
@@ -1160,14 +1159,10 @@ class SlotManager(wiring.Component):
                     m.next = "IDLE"
 
             with m.State("RELEASED"):
-                # Block RAM is slow: what it says of the slot is looked at in the next cycle.
                 m.d.sync += [
                     released.eq(table.info),
-                    last_pin.eq(table.info.pins == 1),
-                    releasable.eq(
-                        table.info.resident
-                        & (table.info.pins != 0)
-                        & (self.release.payload.slot < c.num_slots)
+                    releasable_slot.eq(
+                        table.info.resident & (self.release.payload.slot < c.num_slots)
                     ),
                     written_state.eq(LaneState.READY),
                 ]
@@ -1252,11 +1247,6 @@ class SlotManager(wiring.Component):
             with m.State("PIN"):
                 m.next = "JUDGE"
             with m.State("JUDGE"):
-                m.d.comb += [
-                    # The demand that has begun in the cycle before: its lane is `op_lane`.
-                    table.row_write.eq(demand_begun),
-                ]
-                m.d.sync += demand_begun.eq(0)
                 judged = judged_all & ~stage1 & ~stage2 & ~queue.removed & ~gate.busy
                 m.d.sync += [judging.eq(~judged), flushing.eq(~judged)]
                 with m.If(judged & gate.changed):
@@ -1280,6 +1270,17 @@ class SlotManager(wiring.Component):
             pin_seeks.eq(in_pin & demanding & self.start.ready & none_free),
             chooser.start.eq((seeking & may_seek) | pin_seeks),
         ]
+        with m.If(in_clear):
+            m.d.comb += [
+                table.row_write.eq(walk < layers),
+                table.row_write_layer.eq(walk),
+                table.row_write_lanes.eq(~0),
+                table.info_write.eq(walk < c.num_slots),
+            ]
+        with m.If(demand_begun):
+            # In the cycle before: its lane is `op_lane`.
+            m.d.comb += table.row_write.eq(1)
+        m.d.sync += demand_begun.eq(0)
         with m.If(in_pin):
             # Residents are pinned and loading ones become demands, the whole row at once; the
             # first missing expert takes a free slot, or the search for a victim begins.
@@ -1324,6 +1325,7 @@ class SlotManager(wiring.Component):
             with m.If(pin_seeks):
                 m.d.sync += [searching.eq(1), of_victim.eq(1)]
         with m.If(in_start & self.start.ready):
+            m.d.comb += table.row_write.eq(1)
             # The victim leaves the map next, if there is one.
             m.d.sync += [op_layer.eq(chooser.layer), op_expert.eq(chooser.expert)]
         with m.If(taking):
@@ -1392,12 +1394,11 @@ class SlotManager(wiring.Component):
                 counter["routes"].eq(1),
                 *emit(EventKind.ROUTE, layer=route.layer, data=route.experts.as_value()),
             ]
-            last = route.layer == layers - 1
             m.d.sync += [
                 event_layer.eq(route.layer),
                 event_set.eq(event_next),
-                token_taken.eq(~last),
-                expected_layer.eq(Mux(last, 0, route.layer + 1)),
+                at_boundary.eq(is_last),
+                expected_layer.eq(Mux(is_last, 0, route.layer + 1)),
                 demand_blocked.eq(0),
                 prefetch_blocked.eq(0),
                 in_pin.eq(1),
@@ -1406,7 +1407,8 @@ class SlotManager(wiring.Component):
                 flushing.eq(1),
                 written_state.eq(LaneState.LOADING_DEMAND),
             ]
-            m.d.sync += demanding.eq(Cat(state == LaneState.NONE for state in route_states).any())
+            # The same as that any rank's state is NONE, and less deep.
+            m.d.sync += demanding.eq((event_next & absent_now).any())
         m.d.sync += row_taken.eq(table.row)
         for rank, state in enumerate(route_states):
             # The lane's bit is known a cycle ahead: less deep than a multiplexer.

@@ -126,7 +126,10 @@ class TableReader(wiring.Component):
             lane = Signal(signed(width), name=f"picked_{table}")
             m.d.sync += lane.eq(reduce(or_, groups))
             picked.append(lane)
-        with m.Switch(self.index.table):
+        # Beside what it chooses from: `index` is far away, and stands long before.
+        chosen = Signal.like(self.index.table)
+        m.d.sync += chosen.eq(self.index.table)
+        with m.Switch(chosen):
             for table, lane in enumerate(picked):
                 with m.Case(table):
                     m.d.sync += self.value.eq(lane)

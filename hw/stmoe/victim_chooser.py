@@ -277,18 +277,15 @@ class VictimChooser(wiring.Component):
         ]
 
         before, last = Signal(c.layer_bits), Signal()
-        m.d.sync += before.eq(Mux(layer_next == 0, layers - 1, layer_next - 1))
+        # Where the walk through all layers goes on from, if it does after this answer.
+        around = Mux(answered & ~everywhere, self.latest_layer, layer_next)
+        m.d.sync += before.eq(Mux(around == 0, layers - 1, around - 1))
 
         m.d.comb += layer_next.eq(
             Mux(
                 in_walk,
                 Mux(some_below, index_below, Mux(some_over, index_over, self.load_layer)),
-                Mux(
-                    in_own,
-                    self.load_layer,
-                    # Where the walk goes on from, if it does: from there `layer` is not used.
-                    Mux(answered & ~everywhere, self.latest_layer, Mux(in_next, before, layer)),
-                ),
+                Mux(in_own, self.load_layer, Mux(in_next, before, layer)),
             )
         )
 
