@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from .compilation import NO_ARRAY_MADE
 from .config import EngineConfig
 
 __all__ = [
@@ -27,7 +28,7 @@ __all__ = [
     "victim",
 ]
 
-kernel = njit(cache=True)
+kernel = njit(**NO_ARRAY_MADE)
 
 
 class Lane(IntEnum):
@@ -85,11 +86,11 @@ def evictable(state):
 def lowest(lane_row, score_row, use_row, use_shift, kept):
     """The evictable expert of a layer that is worth least, ties to the lowest; -1 if none.
 
-    ``kept`` (bool [E]) marks experts that are not to be considered.
+    ``kept`` (bool [E], or [0] for none) marks experts that are not to be considered.
     """
     best = -1
     for e in range(len(lane_row)):
-        if evictable(lane_row[e]) and not kept[e]:
+        if evictable(lane_row[e]) and not (e < len(kept) and kept[e]):
             if best < 0 or value_of(score_row, use_row, e, use_shift) < value_of(
                 score_row, use_row, best, use_shift
             ):
@@ -118,8 +119,8 @@ def victim(b, score, use, use_shift, load_layer, latest, current_set, demand):
     -------
     (layer, expert), or (-1, -1) when there is none.
     """
-    layers, experts = b.lane.shape
-    nothing = np.zeros(experts, np.bool_)
+    layers = len(b.lane)
+    nothing = current_set[:0]
     for step in range(1, layers + 1):
         m = (latest - step) % layers
         if b.held[m] > b.quota[m]:

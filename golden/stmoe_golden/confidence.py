@@ -31,6 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from .compilation import NO_ARRAY_MADE
 from .config import FRACTION_BITS, EngineConfig
 
 __all__ = [
@@ -44,7 +45,7 @@ __all__ = [
     "threshold_of",
 ]
 
-kernel = njit(cache=True)
+kernel = njit(**NO_ARRAY_MADE)
 
 
 class GateParams(NamedTuple):

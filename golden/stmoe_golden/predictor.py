@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from .compilation import NO_ARRAY_MADE
 from .config import FRACTION_BITS, USE_BITS, EngineConfig
 
 __all__ = [
@@ -29,12 +30,13 @@ __all__ = [
     "new_state",
     "observe",
     "params_of",
+    "pick",
     "remember",
     "reseed",
     "select",
 ]
 
-kernel = njit(cache=True)
+kernel = njit(**NO_ARRAY_MADE)
 
 
 class PredictorParams(NamedTuple):
@@ -153,12 +155,12 @@ def learn(p, s, layer, experts):
     Every row that had contributed gets the same delta of -3 to 3 per lane, saturating; rows of a
     kind that is enabled now count as such, whatever was enabled when the score was made.
     """
-    used = np.zeros(p.num_experts, np.bool_)
-    for expert in experts:
-        used[expert] = True
     for e in range(p.num_experts):
         score = s.score[layer, e]
-        if used[e]:
+        used = False
+        for expert in experts:
+            used |= expert == e
+        if used:
             delta = (
                 int(score < p.margin_low) + int(score < p.margin_step) + int(score < -p.margin_high)
             )
@@ -184,7 +186,7 @@ def learn(p, s, layer, experts):
         count = s.use[layer, e]
         if count != 0:
             count -= max(1, count >> 5)
-        if used[e]:
+        if used:
             count = min(USE_MAX, count + 32)
         s.use[layer, e] = count
 
@@ -238,6 +240,25 @@ def observe(p, s, layer, experts):
 
 
 @kernel
+def pick(score_row, allowed, threshold, picks):
+    """:func:`select` without an array of its own: fills ``picks``, whose length is the limit, and
+    returns how many they are; they are no longer ``allowed``."""
+    n = 0
+    while n < len(picks):
+        best = -1
+        for e in range(len(score_row)):
+            if allowed[e] and score_row[e] >= threshold:
+                if best < 0 or score_row[e] > score_row[best]:
+                    best = e
+        if best < 0:
+            break
+        allowed[best] = False
+        picks[n] = best
+        n += 1
+    return n
+
+
+@njit(cache=True)
 def select(score_row, allowed, threshold, limit):
     """Experts to prefetch: highest score first, ties to the lowest index.
 
@@ -257,21 +278,8 @@ def select(score_row, allowed, threshold, limit):
     int64 [n]
         At most ``limit`` expert indices, in the order they are to be loaded.
     """
-    taken = np.zeros(len(score_row), np.bool_)
     picks = np.empty(limit, np.int64)
-    n = 0
-    while n < limit:
-        best = -1
-        for e in range(len(score_row)):
-            if allowed[e] and not taken[e] and score_row[e] >= threshold:
-                if best < 0 or score_row[e] > score_row[best]:
-                    best = e
-        if best < 0:
-            break
-        taken[best] = True
-        picks[n] = best
-        n += 1
-    return picks[:n]
+    return picks[: pick(score_row, allowed.copy(), threshold, picks)]
 
 
 class Predictor:

@@ -30,6 +30,7 @@ from . import buffer as _buffer
 from . import confidence as _confidence
 from . import predictor as _predictor
 from .buffer import READY, READY_UNUSED, Lane, admits, lowest, new_buffer, victim
+from .compilation import NO_ARRAY_MADE
 from .confidence import (
     GateParams,
     GateState,
@@ -50,7 +51,7 @@ from .machine import (
     machine_for_ratio,
 )
 from .policies.base import LARGEST, Plan, Policy, Retention
-from .predictor import begin_sequence, new_state, observe, params_of, select
+from .predictor import begin_sequence, new_state, observe, params_of, pick
 from .traces import Trace, check_shape
 
 __all__ = [
@@ -84,9 +85,9 @@ OWN_LAYER, GLOBAL = int(Retention.LAYER), int(Retention.GLOBAL)
 PROTECTED = LARGEST
 """Added to what an expert is worth while a guess says that the next layer needs it."""
 
-kernel = njit(cache=True)
-inline = njit(cache=True, forceinline=True)
-"""For short functions: as calls, they would spend most of their time on reference counts."""
+kernel = njit(**NO_ARRAY_MADE)
+inline = njit(forceinline=True, **NO_ARRAY_MADE)
+"""For short functions."""
 
 
 class PolicyParams(NamedTuple):
@@ -99,7 +100,6 @@ class PolicyParams(NamedTuple):
     keeps: bool
     compares: bool
     form: int
-    limit: int
     look: int
     use_shift: int
     record: bool
@@ -208,6 +208,10 @@ class RunState(NamedTuple):
     """int64 [X, 8]: prefetches in flight, see below."""
     queue: np.ndarray
     """int64 [limit * look, 3]: layer, expert, time from which it is in the queue."""
+    allowed: np.ndarray
+    """bool [E]: experts that the selection under way may still pick."""
+    picks: np.ndarray
+    """int64 [limit]: those that it has picked."""
     grants: np.ndarray
     """int64 [K, 2]: time of the grant, expert."""
     free_slots: np.ndarray
@@ -325,10 +329,9 @@ def _complete(s, b, until):
 @kernel
 def _lowest_of_all(b, s, use_shift, latest):
     """The evictable expert of all layers that is worth least, the current set excepted."""
-    layers, experts = b.lane.shape
-    nothing = np.zeros(experts, np.bool_)
+    nothing = s.current[:0]
     best_layer, best, best_value = -1, -1, 0
-    for m in range(layers):
+    for m in range(len(b.lane)):
         if b.held[m] == 0:
             continue
         kept = s.current if m == latest else nothing
@@ -347,8 +350,7 @@ def _victim(m, q, s, b, layer, demand):
     if q.form == OWN_LAYER:
         share = m.slots // len(b.held)
         if b.held[layer] >= max(1, share):
-            nothing = np.zeros(b.lane.shape[1], np.bool_)
-            kept = s.current if layer == latest else nothing
+            kept = s.current if layer == latest else s.current[:0]
             e = lowest(b.lane[layer], s.base[layer], s.use[layer], q.use_shift, kept)
             if e >= 0:
                 return layer, e
@@ -677,12 +679,13 @@ def _choose(m, q, s, b, layer, at):
     n = 0
     t = at
     for distance in range(1, q.look + 1):
-        allowed = b.lane[layer] == NONE
+        for e in range(len(s.allowed)):
+            s.allowed[e] = b.lane[layer, e] == NONE
         threshold = threshold_of(q.gate, s.gate, layer, distance)
-        picks = select(s.score[layer], allowed, threshold, q.limit)
-        s.counts[layer, SELECTED] += len(picks)
+        count = pick(s.score[layer], s.allowed, threshold, s.picks)
+        s.counts[layer, SELECTED] += count
         t += m.engine.pick
-        for expert in picks:
+        for expert in s.picks[:count]:
             s.queue[n, 0] = layer
             s.queue[n, 1] = expert
             s.queue[n, 2] = t
@@ -701,6 +704,13 @@ def _protect(q, s, layer):
             s.base[layer, e] |= PROTECTED
 
 
+@inline
+def _copy(source, target):
+    """``target[:] = source``, for which Numba would make an array in case they overlap."""
+    for e in range(len(target)):
+        target[e] = source[e]
+
+
 def _compiled(source: int) -> Callable[..., None]:
     """The loop over some consecutive tokens, which goes on where the last call ended.
 
@@ -708,7 +718,7 @@ def _compiled(source: int) -> Callable[..., None]:
     the checksum of the files of the golden decisions, makes a change there recompile it.
     """
 
-    @njit(cache=True, nogil=True)  # several policies are timed at once
+    @njit(nogil=True, **NO_ARRAY_MADE)  # several policies are timed at once
     def run(
         m,
         q,
@@ -740,7 +750,7 @@ def _compiled(source: int) -> Callable[..., None]:
                 if q.learned and starts[token]:
                     begin_sequence(p, ps)
                 if q.guesses:
-                    s.score[0] = first[token]
+                    _copy(first[token], s.score[0])
                     if not q.learned:
                         _protect(q, s, 0)
                 _choose(m, q, s, b, 0, t)
@@ -763,7 +773,7 @@ def _compiled(source: int) -> Callable[..., None]:
                 if q.learned:
                     observe(p, ps, layer, experts[token, layer])
                 elif q.values:
-                    s.base[layer] = worth[n]
+                    _copy(worth[n], s.base[layer])
                 else:
                     if q.guesses:
                         for e in range(s.base.shape[1]):
@@ -773,7 +783,7 @@ def _compiled(source: int) -> Callable[..., None]:
                 if q.prefetches:
                     following = layer + 1 if layer + 1 < layers else 0
                     if q.guesses:
-                        s.score[following] = guess[n]
+                        _copy(guess[n], s.score[following])
                         if not q.learned:
                             _protect(q, s, following)
                     at = max(committed, t + g.commit)
@@ -885,6 +895,8 @@ def _new_run(m: Machine, policy: Policy, config: EngineConfig, state: Any, spans
         ring_prefetch=np.zeros((m.prefetch_outstanding, 2), np.int64),
         transfers=np.zeros((max(1, m.prefetch_loads), 8), np.int64),
         queue=np.zeros((max(1, policy.limit * policy.look), 3), np.int64),
+        allowed=np.zeros(experts, np.bool_),
+        picks=np.zeros(max(0, int(policy.limit)), np.int64),
         grants=np.zeros((config.top_k, 2), np.int64),
         free_slots=np.arange(m.slots, dtype=np.int32)[::-1].copy(),
         counts=np.zeros((layers, len(COUNTS)), np.int64),
@@ -937,7 +949,6 @@ def _params(policy: Policy, config: EngineConfig, gate: GateParams, record: bool
         keeps=policy.keeps,
         compares=policy.compares,
         form=int(policy.retention),
-        limit=int(policy.limit),
         look=int(policy.look),
         use_shift=config.use_shift if policy.learned else 0,
         record=record,
