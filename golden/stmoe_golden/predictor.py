@@ -22,6 +22,7 @@ __all__ = [
     "Predictor",
     "PredictorParams",
     "PredictorState",
+    "add_row",
     "begin_sequence",
     "clip",
     "kinds_of",
@@ -195,13 +196,22 @@ USE_MAX = (1 << USE_BITS) - 1
 
 
 @kernel
+def add_row(scores, gain, weights, high):
+    """Add one expert's row to a layer's scores; each saturates with every row that is added.
+
+    Lanes of a row lie side by side in memory, so that this loop becomes vector instructions.
+    """
+    for e in range(len(scores)):
+        scores[e] = clip(scores[e] + gain * weights[e], high)
+
+
+@kernel
 def reseed(p, s, layer, experts):
     """Start the score of this layer's next visit from its bias and the set just used."""
     for e in range(p.num_experts):
-        total = s.bias[layer, e] << 2 if p.kinds[BIAS] else 0
-        for rank in range(p.top_k if p.kinds[TEMPORAL] else 0):
-            total = clip(total + p.gains[rank] * s.temporal[layer, experts[rank], e], p.score_max)
-        s.score[layer, e] = total
+        s.score[layer, e] = s.bias[layer, e] << 2 if p.kinds[BIAS] else 0
+    for rank in range(p.top_k if p.kinds[TEMPORAL] else 0):
+        add_row(s.score[layer], p.gains[rank], s.temporal[layer, experts[rank]], p.score_max)
 
 
 @kernel
@@ -211,12 +221,9 @@ def look_ahead(p, s, layer, experts):
         if not p.kinds[TEMPORAL + d]:
             continue
         target = (layer + d) % p.num_layers
-        for e in range(p.num_experts):
-            total = s.score[target, e]
-            for rank in range(p.top_k):
-                weight = s.spatial[d - 1, target, experts[rank], e]
-                total = clip(total + p.gains[rank] * weight, p.score_max)
-            s.score[target, e] = total
+        for rank in range(p.top_k):
+            row = s.spatial[d - 1, target, experts[rank]]
+            add_row(s.score[target], p.gains[rank], row, p.score_max)
 
 
 @kernel
