@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 from ..timing import TIMELINE_KINDS, TimedResult
@@ -88,7 +89,7 @@ def trace_events(result: TimedResult, *, microseconds_per_cycle: float = 1.0) ->
         for lane in range(max(1, len(link_ends)))
     ]
     lanes += [(BUFFER, slot, f"slot {slot}") for slot in range(result.machine.slots)]
-    events.sort(key=lambda event: (event["ts"], event["pid"], event["tid"]))
+    events.sort(key=itemgetter("ts", "pid", "tid"))
     return {
         "traceEvents": _names(lanes) + events,
         "displayTimeUnit": "ns",
