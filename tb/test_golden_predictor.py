@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stmoe_golden.config import EngineConfig
-from stmoe_golden.predictor import Predictor, clip, params_of, select
+from stmoe_golden.predictor import Predictor, add_row, clip, params_of, pick, select
 from stmoe_golden.replay import new_paper_state, paper_scores, paper_update
 
 GENTLE = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
@@ -211,6 +211,32 @@ def test_selection_is_best_first_with_ties_to_the_lowest_index(lanes, threshold,
     picks = select(scores, allowed, threshold, limit)
     passing = [e for e, (score, free) in enumerate(lanes) if free and score >= threshold]
     assert picks.tolist() == sorted(passing, key=lambda e: (-lanes[e][0], e))[:limit]
+    assert allowed.tolist() == [free for _, free in lanes]
+    # What it is made of writes into the caller's arrays: no more than it says.
+    into = np.full(limit, -7)
+    count = pick(scores, allowed, threshold, into)
+    assert into.tolist() == picks.tolist() + [-7] * (limit - count)
+    left = {e for e, (_, free) in enumerate(lanes) if free} - set(picks.tolist())
+    assert set(np.flatnonzero(allowed).tolist()) == left
+
+
+@given(
+    st.lists(st.integers(-128, 127), min_size=1, max_size=40),
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 1 << 32)), max_size=4),
+    st.sampled_from([127, 300, 511]),
+)
+@settings(deadline=None)
+def test_a_lane_saturates_with_every_row_that_is_added(lanes, rows, high):
+    scores = np.array(lanes, np.int32)
+    expected = list(lanes)
+    for gain, seed in rows:
+        weights = np.random.default_rng(seed).integers(-128, 128, len(lanes), np.int32)
+        add_row(scores, gain, weights, high)
+        expected = [
+            max(-high - 1, min(high, score + gain * int(weight)))
+            for score, weight in zip(expected, weights, strict=True)
+        ]
+    assert scores.tolist() == expected
 
 
 # The paper's tables -------------------------------------------------------------------------

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from numba import njit
+from numba.core.errors import NumbaError
 
 from simulation import ROOT
 from stmoe_golden import timing
+from stmoe_golden.compilation import NO_ARRAY_MADE
 from stmoe_golden.config import EngineConfig, preset
 from stmoe_golden.machine import TimingError, machine_for_harness, machine_for_ratio
 from stmoe_golden.policies.belady import Belady
@@ -19,6 +23,7 @@ from stmoe_golden.policies.on_demand import OnDemand
 from stmoe_golden.policies.oracle import Oracle
 from stmoe_golden.policies.ours import Ours
 from stmoe_golden.policies.pregated import Pregated
+from stmoe_golden.policies.registry import POLICIES
 from stmoe_golden.synthetic import markov_trace
 from stmoe_golden.timing import TIMELINE_KINDS, simulate
 from stmoe_golden.traces import load_trace
@@ -198,6 +203,44 @@ def test_result_does_not_depend_on_how_the_trace_is_cut(monkeypatch):
     assert whole.cycles == cut.cycles
     assert all((whole.per_layer[name] == cut.per_layer[name]).all() for name in whole.per_layer)
     assert whole.latency.sum() == whole.cycles
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_arrays_that_are_passed_are_neither_kept_nor_freed(name):
+    """The compiled loop counts no references."""
+    trace, missed = small_trace(300), np.ones((300, 4), np.uint16)
+    passed = [trace.experts, trace.sequence, missed]
+    held = [sys.getrefcount(array) for array in passed]
+    for _ in range(3):
+        policy = POLICIES[name](SMALL)
+        found = simulate(
+            trace, SMALL, machine_for_ratio(SMALL, 1.5), policy,
+            lru_misses=missed, occupancy=True, timeline=50,
+        )  # fmt: skip
+        del policy
+        assert [sys.getrefcount(array) for array in passed] == held
+        # Nothing holds a result's arrays but the result itself (and the argument of the call).
+        of_result = [sys.getrefcount(found.misses), sys.getrefcount(found.latency.base)]
+        assert of_result == [2, 2]
+
+
+def test_no_reference_is_counted_where_no_array_is_made():
+    """``_nrt`` is Numba's own option, which another version may no longer know."""
+
+    def kernel(array, whole):
+        part = array if whole else array[:1]
+        for i in range(len(part)):
+            array[i] += part[i]
+
+    def counts(**options) -> int:
+        compiled = njit(**options)(kernel)
+        compiled(np.zeros(3), True)
+        return sum(text.count("NRT_incref") for text in compiled.inspect_asm().values())
+
+    assert counts() > 0
+    assert counts(**NO_ARRAY_MADE | {"cache": False}) == 0
+    with pytest.raises(NumbaError):
+        njit(**NO_ARRAY_MADE | {"cache": False})(lambda n: np.zeros(n).sum())(3)
 
 
 def test_every_prefetch_and_every_need_is_accounted_for():
