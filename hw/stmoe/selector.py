@@ -292,7 +292,9 @@ class Selector(wiring.Component):
         if threshold is not None:
             # Compared before the better child is known, as much hangs on it in the cycle after.
             node.passes = Signal(name=f"{name}_passes")
-            first_passes, second_passes = (n.valid & (n.score >= threshold) for n in (first, second))
+            first_passes, second_passes = (
+                n.valid & (n.score >= threshold) for n in (first, second)
+            )
             with m.If(refill):
                 m.d.sync += node.passes.eq(Mux(higher, second_passes, first_passes))
         with m.If(load):

@@ -761,11 +761,7 @@ class SlotManager(wiring.Component):
                 & (at_boundary | ((token.new_sequence | (token.context != 0)) & ~self.route.valid))
             ),
             judge_route.eq(
-                self.route.valid
-                & predictor_idle
-                & ~demanding
-                & ~at_boundary
-                & has_room
+                self.route.valid & predictor_idle & ~demanding & ~at_boundary & has_room
             ),
         ]
 
