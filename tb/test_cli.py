@@ -314,8 +314,8 @@ def test_ctrl_c_ends_a_replay_with_one_line(tmp_path):
     save_trace(
         replace(
             trace,
-            experts=np.tile(trace.experts, (60, 1, 1)),
-            sequence=np.zeros(120000, np.int32),
+            experts=np.tile(trace.experts, (240, 1, 1)),
+            sequence=np.zeros(480000, np.int32),
         ),
         path,
     )

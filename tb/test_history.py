@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 
 import cocotb
+import numpy as np
 import pytest
 from cocotb.clock import Clock
 from cocotb.triggers import FallingEdge, RisingEdge
@@ -94,6 +95,6 @@ async def history_is_golden(dut) -> None:
                 begin_sequence(params, state)
                 layer = 0
             else:
-                remember(state, layer, experts)
+                remember(state, layer, np.array(experts))
                 layer = (layer + 1) % layers
     assert known_sets > 100 * len(SEEDS)
