@@ -512,8 +512,7 @@ class Predictor(wiring.Component):
         fetch_after = Signal.like(fetch_layer)
         rows_left = Signal(range(max(2, layers, ahead + 1)))
         # A route's rows: the layers ahead, then its own. The bit of the row whose turn it is is 0.
-        # What resets the registers of the others comes straight from here: a register for each
-        # group of lanes.
+        # What resets the registers of the others is the same in a register for each group of lanes.
         others_turn, others_next = Signal(ahead + 1, init=-1), Signal(ahead + 1)
         # The lane's own layer starts again from its bias, and so does a new sequence (which has no
         # row in the cycle after it was taken).

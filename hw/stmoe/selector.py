@@ -62,8 +62,8 @@ class Selector(wiring.Component):
         one a cycle: only ``score`` and ``candidates`` are taken with those after the first.
     load : In
         Only where there is one fold, and the same for every group of lanes: high with ``start``,
-        and otherwise only where ``start`` might be. The lanes take ``score`` and ``candidates``
-        with this, as there are hundreds of registers.
+        and otherwise not before ``over`` of the last selection. The lanes take ``score`` and
+        ``candidates`` with this, as there are hundreds of registers; nothing comes of it alone.
     fold : In
         Only where there are several.
     score : In

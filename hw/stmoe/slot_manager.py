@@ -263,7 +263,8 @@ class SlotManager(wiring.Component):
         at_boundary = Signal(init=1)
         """Before a token: layer 0 is expected, and no token has been taken for it."""
         # Grants that are owed or not yet released, and whether those of another route may join
-        # them. A route takes longer than it takes until that is known again.
+        # them: a cycle later, which is before a route that has been taken is over, and one cycle
+        # more for a route that waits for nothing else.
         outstanding, has_room = Signal(range(4 * top_k + 1)), Signal()
         outstanding_add = Signal(range(top_k + 1))
         outstanding_sub = Signal()

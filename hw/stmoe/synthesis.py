@@ -25,7 +25,7 @@ def group_register(width: int, group: int, name: str) -> Signal:
     """A register for one of :data:`GROUPS` groups of lanes, all of which hold the same.
 
     Synthesis merges equal flip-flops into one, so these differ, bit by bit, in how they start and
-    whether they are reset.
+    whether they are reset. (It merges one of them with a register outside that is as this one.)
     """
     return Signal(width, name=name, init=-(group & 1) % (1 << width), reset_less=group & 2 != 0)
 

@@ -239,7 +239,7 @@ class VictimChooser(wiring.Component):
             m.d.sync += first.eq(0)
 
         # The states in which a layer is decided upon, from registers of their own, as the address
-        # of its rows goes far: in WALK, OWN, NEXT, and in COMPARE when the tree's answer is here.
+        # of its rows goes far: in WALK, OWN, NEXT; and in COMPARE when the tree answers.
         in_walk, in_own, in_next, answered = Signal(), Signal(), Signal(), Signal()
         m.d.sync += [bit.eq(0) for bit in (in_walk, in_own, in_next, answered)]
 
