@@ -130,7 +130,8 @@ class TB:
     async def reset(self, seed: int) -> None:
         """Everything as after power-up, but for what the memories hold by now.
 
-        Every other reset is of one cycle, and all but the first come in the middle of an event.
+        Every other reset is of one cycle, and all but the first come while an event is under way,
+        or just was.
         """
         if self.now:
             await self.abandon()
