@@ -18,7 +18,7 @@ from .learner import Learner, use_layout
 from .payloads import selection_layout
 from .score_memory import ScoreMemory, score_layout
 from .selector import Selector
-from .synthesis import GROUPS, group_enables, group_of, group_register
+from .synthesis import GROUPS, group_copies, group_enables, group_of
 from .table_reader import TableReader, table_index_layout
 
 __all__ = ["Predictor", "route_layout", "token_layout"]
@@ -309,12 +309,6 @@ class Predictor(wiring.Component):
                 m.d.sync += line[n].eq(line[n - 1])
             return line
 
-        def copies(signal, name):
-            """``signal`` as it was in the cycle before, for each group of lanes."""
-            lines = [group_register(1, n, f"{name}_{n}") for n in range(GROUPS)]
-            m.d.sync += [line.eq(signal) for line in lines]
-            return Cat(*lines)
-
         clear_done = Signal()
 
         # The event under way ---------------------------------------------------------------------
@@ -441,9 +435,9 @@ class Predictor(wiring.Component):
             else:
                 # Straight from registers to the lanes of the sum; that of a disabled kind stays 0.
                 m.d.comb += [
-                    row_sum.clear.eq(copies(taken | ~kinds[1 + d], f"clear_sum_{d}")),
-                    row_sum.load.eq(copies(loads[2 if d else 4], f"load_sum_{d}")),
-                    row_sum.add.eq(copies(adds[3 if d else 5], f"add_sum_{d}")),
+                    row_sum.clear.eq(Cat(group_copies(m, taken | ~kinds[1 + d], f"clear_sum_{d}"))),
+                    row_sum.load.eq(Cat(group_copies(m, loads[2 if d else 4], f"load_sum_{d}"))),
+                    row_sum.add.eq(Cat(group_copies(m, adds[3 if d else 5], f"add_sum_{d}"))),
                 ]
             m.d.sync += [
                 # Between events it is the row that software reads.
@@ -517,8 +511,6 @@ class Predictor(wiring.Component):
         # The lane's own layer starts again from its bias, and so does a new sequence (which has no
         # row in the cycle after it was taken).
         own_next = ~others_next[ahead] | sequence
-        turns = [group_register(ahead + 1, n, f"others_turn_{n}") for n in range(GROUPS)]
-        owns = [group_register(1, n, f"own_{n}") for n in range(GROUPS)]
         advances = fetching & last_fold if folded else fetching
         m.d.comb += others_next.eq(
             Mux(
@@ -527,11 +519,9 @@ class Predictor(wiring.Component):
                 Mux(advances, Cat(1, others_turn), others_turn),
             )
         )
-        m.d.sync += [
-            others_turn.eq(others_next),
-            *(turn.eq(others_next) for turn in turns),
-            *(own.eq(own_next) for own in owns),
-        ]
+        m.d.sync += others_turn.eq(others_next)
+        turns = group_copies(m, others_next, "others_turn")
+        owns = group_copies(m, own_next, "own")
         valid = delayed(fetching, 3, "row_valid")
         # Not before the score memory is cleared: until then it writes these rows, which are 0.
         adds_row = group_enables(m, fetching, "adds_row")
@@ -668,7 +658,8 @@ class Predictor(wiring.Component):
                     start_selection.eq(valid[2] & ~valid[3]),
                     selector.start.eq((start_selection & self.prefetching) | restart),
                     selector.load.eq(
-                        copies(valid[1] & ~valid[2], "offers") | restart.replicate(GROUPS)
+                        Cat(group_copies(m, valid[1] & ~valid[2], "offers"))
+                        | restart.replicate(GROUPS)
                     ),
                 ]
             m.d.comb += [

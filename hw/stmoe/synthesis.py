@@ -5,7 +5,14 @@ from __future__ import annotations
 
 from amaranth.hdl import Cat, Module, Signal, Value
 
-__all__ = ["ANY_ON_COLLISION", "GROUPS", "group_enables", "group_of", "group_register"]
+__all__ = [
+    "ANY_ON_COLLISION",
+    "GROUPS",
+    "group_copies",
+    "group_enables",
+    "group_of",
+    "group_register",
+]
 
 ANY_ON_COLLISION = {"no_rw_check": 1}
 """Attributes of a memory of which nothing is used that was read in the cycle of a write to the same
@@ -28,6 +35,13 @@ def group_register(width: int, group: int, name: str) -> Signal:
     whether they are reset. (It merges one of them with a register outside that is as this one.)
     """
     return Signal(width, name=name, init=-(group & 1) % (1 << width), reset_less=group & 2 != 0)
+
+
+def group_copies(m: Module, signal: Value, name: str) -> list[Signal]:
+    """``signal`` as it was in the cycle before, in a :func:`group_register` for each group."""
+    copies = [group_register(len(signal), n, f"{name}_{n}") for n in range(GROUPS)]
+    m.d.sync += [copy.eq(signal) for copy in copies]
+    return copies
 
 
 def group_enables(m: Module, signal: Value, name: str) -> Value:

@@ -11,7 +11,7 @@ from stmoe_golden.config import FRACTION_BITS, USE_BITS, EngineConfig
 
 from .expert_map import LaneState, lane_bits
 from .folded_lanes import expert_of, fold_and_lane, sublane_bits
-from .synthesis import GROUPS, group_of, group_register
+from .synthesis import group_copies, group_of
 
 __all__ = ["VictimChooser"]
 
@@ -245,14 +245,14 @@ class VictimChooser(wiring.Component):
 
         # The row that is here goes into the tree, of it the lanes that may go, or in WALK the one
         # of what is to be loaded. Known a cycle ahead, as it goes to every lane.
-        takes, takes_next = [group_register(1, n, f"takes_{n}") for n in range(GROUPS)], Signal()
+        takes_next = Signal()
+        takes = group_copies(m, takes_next, "takes")
         may_go = [
             ((self.row[e] == LaneState.READY) | (self.row[e] == LaneState.READY_UNUSED))
             & ~excluded[e]
             for e in range(experts)
         ]
         some = Array(Cat(may_go[n * lanes : (n + 1) * lanes]) for n in range(c.folds))[next_fold]
-        m.d.sync += [group.eq(takes_next) for group in takes]
         for e in range(lanes):
             with m.If(takes[group_of(e, lanes)]):
                 m.d.sync += [
