@@ -342,6 +342,7 @@ def figures_of(module: str) -> Callable[[], Iterator[Figure]]:
 PARTS: dict[str, Callable[[], Iterator[Figure]]] = {
     "replay": part_replay,
     "compare": figures_of("bench_compare"),
+    "holdout": figures_of("bench_holdout"),
     "report": figures_of("bench_report"),
     "adaptive": figures_of("bench_adaptive"),
     "recovery": figures_of("bench_recovery"),

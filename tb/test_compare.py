@@ -178,6 +178,40 @@ def test_system_sets_the_load_ratio_from_real_figures(in_repo, name):
     )
 
 
+def test_two_tiers_are_named_as_one_system(in_repo):
+    """The near one as alone; the far one's bandwidth, latency and energy for what that lacks."""
+    trace = replace(in_repo.head(400), info={**in_repo.info, "expert_bytes": 12_441_600})
+    config, few = config_for(trace), ["ours", "lru", "on_demand"]
+    alone = compare(trace, config, system="pcie4_x16", policies=few)
+    tiers = compare(trace, config, system="pcie4_x16+nvme:40", policies=few)
+    machine = tiers.rows[0].result.machine
+    assert machine.near == 40 and machine.far_latency.tolist() == [50_000] * 8
+    assert machine.far_load.tolist() == [round(12_441_600 / 7.45)] * 8
+    assert (machine.load == alone.rows[0].result.machine.load).all()
+    assert tiers.load_ratio == alone.load_ratio and tiers.system == "pcie4_x16+nvme:40"
+    for one, two in zip(alone.rows, tiers.rows, strict=True):
+        reads = two.result.total("far_loads")
+        assert 0 < reads <= two.result.total("demand_loads") + two.result.total("prefetch_loads")
+        assert one.as_dict()["far_loads"] == 0 and two.as_dict()["far_loads"] == reads
+        assert set(one.energy) == {"pcie", "table"}
+        picojoules = 8 * 12_441_600 * reads * 120 / two.result.tokens_measured
+        assert two.energy["nvme"] == pytest.approx(picojoules * 1e-12)
+        assert two.result.time > one.result.time
+    (said,) = [text for text in tiers.guardrails if "far tier" in text]
+    lru = tiers.row("lru").result
+    share = lru.total("far_loads") * 12_441_600 / 7.45 / lru.compute_cycles
+    assert (
+        "holds 16% of the experts, and with LRU reading the others from behind it takes "
+        f"{share:.2f} times the compute time" in said
+    )
+    assert not any("far tier" in text for text in alone.guardrails)
+    heads, row = tiers.table().split("\n")[3:5]
+    assert heads.endswith(" far") and len(heads.split()) == len(row.split())
+    assert " far" not in alone.table().split("\n")[3]
+    same = compare(trace, config, system="pcie4_x16+pcie4_x16:40", policies=["lru"]).rows[0]
+    assert set(same.energy) == {"pcie", "table"} and same.energy["pcie"] > 0
+
+
 def test_expert_sizes_are_those_of_the_models():
     assert set(EXPERT_SHAPES) < set(PRESETS)
     p = PRESETS["mixtral_8x7b"]
@@ -288,7 +322,13 @@ def test_hooks_are_called_in_the_documented_order(tmp_path):
         (["--load-ratio", "0"], "argument --load-ratio: must be 0.01 to 100, not 0"),
         (["--policies", "ours,foo"], "argument --policies: must be of ours, on_demand, lru, lfu"),
         (["--policies", "lru,lru"], "argument --policies: lru is given twice"),
-        (["--system", "usb"], "argument --system: must be pcie4_x16, pcie5_x16, lpddr5, nvme"),
+        (["--system", "usb"], "argument --system: must be one of pcie4_x16, pcie5_x16, lpddr5, "),
+        (["--system", "usb"], "or two of them as NAME+BEHIND:N, where NAME holds N experts"),
+        (["--system", "lpddr5+usb:4"], "BEHIND the others, not 'lpddr5+usb:4'"),
+        (["--system", "lpddr5+nvme"], "BEHIND the others, not 'lpddr5+nvme'"),
+        (["--system", "lpddr5+nvme:1.5"], "BEHIND the others, not 'lpddr5+nvme:1.5'"),
+        (["--system", "lpddr5+"], "BEHIND the others, not 'lpddr5+'"),
+        (["--system", "lpddr5+nvme:0"], "must name 1 to 999,999 experts after the colon, not 'lp"),
         (["--system", "nvme", "--load-ratio", "1"], "not allowed with argument"),
         (["--quota", "1", "--slots", "20"], "not allowed with argument"),
         (["--dtype", "fp8"], "expert type must be fp16, int8, int4, not 'fp8'"),

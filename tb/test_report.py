@@ -302,6 +302,24 @@ def test_times_are_in_microseconds_where_the_system_is_real(tmp_path):
     assert [e["dur"] for e in real] == pytest.approx([e["dur"] / 1000 for e in cycles], abs=1e-6)
 
 
+def test_the_far_tier_has_a_lane_and_its_energy_a_colour(tmp_path):
+    path = compare_result(tmp_path, system="pcie4_x16+nvme:20")
+    study = study_of_compare(path, spans=2000)
+    assert not [note for note in study.notes if "timed again" in note]  # of the same machine
+    assert "holds 20 experts; the others: Samsung 990 PRO" in dict(study.facts)["system"]
+    found = trace_events(study.details["ours"])
+    check_trace_events(found)
+    names = {
+        e["args"]["name"]: e["pid"] for e in found["traceEvents"] if e["name"] == "process_name"
+    }
+    reads = [e for e in found["traceEvents"] if e["ph"] == "X" and e["pid"] == names["far tier"]]
+    assert len(reads) > 10 and all(e["name"].startswith("far L") for e in reads)
+    energy = next(figure for figure in figures_of(study) if figure.key == "energy")
+    assert "loads from nvme" in str(energy.legend)
+    alone = study_of_compare(compare_result(tmp_path, system="pcie4_x16"), spans=50)
+    assert "far tier" not in json.dumps(trace_events(alone.details["ours"]))
+
+
 # Pieces --------------------------------------------------------------------------------------
 
 

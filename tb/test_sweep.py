@@ -82,6 +82,17 @@ def test_every_combination_is_a_point_and_gives_what_compare_and_replay_give(fol
     assert len(seen) == 8
 
 
+def test_two_tiers_are_a_link_as_any_other(folder):
+    systems = ["lpddr5", "lpddr5+nvme:4", "lpddr5+nvme:16"]
+    text = BASIC.replace("load_ratio = [1, 2]", f"system = {systems}")
+    assert text != BASIC
+    result = run_sweep(load_sweep(written(folder, text)), folder / "r.jsonl")
+    assert not result["errors"] and {p["system"] for p in result["points"]} == set(systems)
+    reads = {p["system"]: p["rows"][0]["far_loads"] for p in result["points"]}
+    assert 0 == reads["lpddr5"] < reads["lpddr5+nvme:16"] < reads["lpddr5+nvme:4"]
+    assert {front["link"] for front in result["fronts"]["slots"]} == set(systems)
+
+
 def test_cases_set_fields_together(folder):
     text = (
         'traces = "a.npz"\n[[case]]\nweight_bits = 6\nmargin_low = 96\n[[case]]\nweight_bits = 8\n'
@@ -359,7 +370,8 @@ def test_the_command_prints_a_table_or_json_and_its_results_make_a_report(folder
         ('traces = "a.npz"\npolicies = "best"', "policies must be of ours, "),
         ('traces = "a.npz"\nload_ratio = [1, 0]', "load_ratio must be 0.01 to 100, not 0"),
         ('traces = "a.npz"\nload_ratio = 1\nsystem = "nvme"', "cannot both be given"),
-        ('traces = "a.npz"\nsystem = "floppy"', "system must be of pcie4_x16, "),
+        ('traces = "a.npz"\nsystem = "floppy"', "system must be one of pcie4_x16, "),
+        ('traces = "a.npz"\nsystem = ["nvme", "lpddr5+nvme:0"]', "system must name 1 to 999,999 "),
         ('traces = "a.npz"\ntokens = 0', "tokens must be 1 or more, not 0"),
         ('traces = "a.npz"\n[config]\nquotas = 1', "config: unknown field 'quotas'; fields are "),
         ('traces = "a.npz"\n[config]\nquota = [1, 999]', "config: quota must be 0 to 256, not 999"),

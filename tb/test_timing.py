@@ -291,6 +291,83 @@ def test_wrong_settings_are_refused_by_name():
         simulate(small_trace(10), SMALL, machine_for_ratio(SMALL, 1.0), OnDemand(SMALL), warm_up=10)
 
 
+# Two tiers -------------------------------------------------------------------------------------
+
+
+def tiered(machine, near, load, latency):
+    layers = SMALL.num_layers
+    return machine._replace(
+        near=near,
+        far_load=np.full(layers, load, np.int64),
+        far_latency=np.full(layers, latency, np.int64),
+    )
+
+
+@pytest.mark.parametrize("slower", [1, 3, 10])
+def test_on_demand_waits_for_the_slower_tier(slower):
+    """Every expert is read from the far tier, one after the other, each burst sent on as it is
+    there; experts run while the rest is read."""
+    plain = machine_for_ratio(SMALL, 0.5, latency=10)
+    load, expert = int(plain.load[0]), int(plain.expert[0])
+    machine = tiered(plain, 1, slower * load, 700)
+    result = simulate(small_trace(), SMALL, machine, OnDemand(SMALL))
+    ran = 0
+    for k in range(SMALL.top_k):
+        come = 700 + (k + 1) * slower * load + 10 + plain.burst
+        ran = max(ran, come) + expert
+    layer = int(machine.attention[0]) + ran
+    assert result.cycles == result.tokens_measured * SMALL.num_layers * layer
+    assert result.total("far_loads") == result.needed
+    assert result.total("far_cycles") == result.needed * slower * load
+
+
+@pytest.mark.parametrize("policy", [Ours, LruGlobal, Oracle])
+@pytest.mark.parametrize("near", [1, 12, 40, 64])
+def test_far_reads_are_the_misses_of_a_plain_lru_behind_the_buffer(policy, near):
+    """The near tier keeps what was loaded last, and what a cancelled prefetch has begun."""
+    machine = tiered(machine_for_ratio(SMALL, 1.5), near, 3000, 500)
+    result = simulate(small_trace(300), SMALL, machine, policy(SMALL), warm_up=0, timeline=200_000)
+    begun = {}
+    for kind, begin, _, layer, expert, _ in result.timeline.tolist():
+        if TIMELINE_KINDS[kind] in ("demand", "prefetch", "cancelled"):
+            begun.setdefault((begin, layer, expert), None)
+    held: OrderedDict[tuple[int, int], None] = OrderedDict()
+    missed = []
+    for _, *key in sorted(begun, key=lambda load: load[0]):
+        expert = tuple(key)
+        if expert not in held:
+            missed.append(expert)
+            if len(held) == near:
+                held.popitem(last=False)
+        held[expert] = None
+        held.move_to_end(expert)
+    far = result.timeline[result.timeline[:, 0] == TIMELINE_KINDS.index("far")]
+    found = [tuple(span) for span in far[:, 3:5].tolist()]
+    # A prefetch that the run's end has cut has no span of its own.
+    assert missed and found[: len(missed)] == missed and len(found) - len(missed) <= 1
+    assert (far[1:, 1] >= far[:-1, 2]).all()  # one after the other
+    assert len(found) == result.total("far_loads")
+
+
+@pytest.mark.parametrize("policy", [Ours, LruGlobal, Oracle])
+def test_a_far_tier_that_takes_no_time_changes_nothing(policy):
+    trace, machine = small_trace(600), machine_for_ratio(SMALL, 1.5, latency=20)
+    plain = simulate(trace, SMALL, machine, policy(SMALL))
+    tiers = simulate(trace, SMALL, tiered(machine, 5, 0, 0), policy(SMALL))
+    assert tiers.total("far_loads") > 0 and plain.total("far_loads") == 0
+    assert tiers.cycles == plain.cycles and (tiers.latency == plain.latency).all()
+    for name in set(plain.per_layer) - {"far_loads"}:
+        assert (tiers.per_layer[name] == plain.per_layer[name]).all(), name
+
+
+def test_a_near_tier_that_holds_all_is_read_through_once():
+    machine = tiered(machine_for_ratio(SMALL, 1.5), 64, 3000, 500)
+    result = simulate(small_trace(2000), SMALL, machine, Ours(SMALL), warm_up=0)
+    assert result.total("far_loads") <= 64
+    result = simulate(small_trace(2000), SMALL, machine, Ours(SMALL))
+    assert result.total("far_loads") == 0
+
+
 # The confidence gate ---------------------------------------------------------------------------
 
 

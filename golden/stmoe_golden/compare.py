@@ -21,7 +21,7 @@ from .machine import Machine, TimingError, machine_for_ratio
 from .policies.base import Policy
 from .policies.lru import LRU_FORMS
 from .policies.registry import POLICIES, PolicyError
-from .systems import SYSTEMS, expert_bytes_of, load_ratio_of, machine_for_system
+from .systems import Tiers, expert_bytes_of, load_ratio_of, machine_for_system, system_named
 from .timing import TimedResult, simulate
 from .traces import Trace
 
@@ -63,7 +63,7 @@ class Row:
             "energy_j": sum(self.energy.values()),
             "miss_recall": r.total("lru_misses_prefetched") / missed if missed else None,
         }
-        for name in ("useful", "late", "useless", "cancelled", "pollution", "dropped"):
+        for name in ("useful", "late", "useless", "cancelled", "pollution", "dropped", "far_loads"):
             row[name] = r.total(name)
         stall = r.total("stall_cycles")
         row |= {
@@ -132,6 +132,8 @@ class Comparison:
             "",
         ]
         heads = "time p50 p99 hit bytes missrec useful late useless cancel pollut stall mJ/token"
+        far = len(self.rows[0].result.machine.far_load) > 0
+        heads += " far" if far else ""
         lines.append(f"{'policy':<16}" + "".join(f"{head:>9}" for head in heads.split()))
         for row in self.rows:
             d = row.as_dict()
@@ -146,9 +148,10 @@ class Comparison:
                 ),
                 f"{d['stall_share']:.3f}",
                 f"{d['energy_j'] * 1e3:.3g}",
+                *([f"{d['far_loads'] / needed:.3f}"] if far else ()),
             ]
             lines.append(f"{d['policy']:<16}" + "".join(f"{cell:>9}" for cell in cells))
-        lines.append("useful to pollution: per needed expert")
+        lines.append("useful to pollution" + (" and far" if far else "") + ": per needed expert")
         lines += [f"{row.policy}: {row.note}" for row in self.rows if row.note]
         lines += ["", *self.guardrails] if self.guardrails else []
         return "\n".join(lines) + "\n"
@@ -185,7 +188,7 @@ def compare(
     load_ratio : float
         r: time to load K experts over the compute of a layer.
     system : str, optional
-        A name of :data:`stmoe_golden.systems.SYSTEMS`, which sets r and all times instead.
+        One for :func:`stmoe_golden.systems.system_named`, which sets r and all times instead.
     policies : sequence of str or Policy class
         Rows, in this order.
     dtype : str
@@ -222,7 +225,7 @@ def compare(
         else:
             machine = machine_for_ratio(config, load_ratio)
     ratio = load_ratio_of(machine, config.top_k) if system is not None else load_ratio
-    tier = SYSTEMS[system].tier if system is not None else "dram"
+    tiers: Tiers | None = system_named(system) if system is not None else None
     tell = progress or (lambda name: None)
 
     def time_policy(
@@ -275,7 +278,8 @@ def compare(
             result,
             config,
             expert_bytes=float(sizes.mean()),
-            tier=tier,
+            tier=tiers.near.tier if tiers is not None else "dram",
+            far=tiers.far.tier if tiers is not None and tiers.far is not None else None,
             picojoules=picojoules,
             tables=cls is POLICIES["ours"],
         )

@@ -95,8 +95,10 @@ def energy_of(
     tier: str,
     picojoules: Mapping[str, float],
     tables: bool,
+    far: str | None = None,
 ) -> dict[str, float]:
-    """Joules per measured token: of the loads from ``tier``, and of the engine's tables.
+    """Joules per measured token: of the loads from ``tier``, of those that the ``far`` tier had to
+    read first where there is one, and of the engine's tables.
 
     ``tables`` says whether the policy is the engine's, whose table accesses are known; no other
     policy is charged for what it would have to keep.
@@ -104,7 +106,11 @@ def energy_of(
     loads = 8 * expert_bytes * result.loads * picojoules[tier] * 1e-12
     events = result.tokens_measured * config.num_layers if tables else 0
     own = events * table_bits(config) * picojoules["table"] * 1e-12
-    return {
+    joules = {
         tier: loads / result.tokens_measured,
         "table": own / result.tokens_measured,
     }
+    if far is not None:
+        read = 8 * expert_bytes * result.total("far_loads") * picojoules[far] * 1e-12
+        joules[far] = joules.get(far, 0.0) + read / result.tokens_measured
+    return joules

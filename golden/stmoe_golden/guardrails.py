@@ -34,6 +34,14 @@ def guardrails(trace: Trace, config: EngineConfig, machine: Machine, lru: TimedR
             f"link saturated: with LRU the loads alone take {loads:.2f} times the compute time; "
             f"however well it prefetches, no policy that loads as much can be faster than that"
         )
+    far = lru.total("far_cycles") / lru.compute_cycles
+    if far >= SATURATED:
+        held = machine.near / (config.num_layers * config.num_experts)
+        said.append(
+            f"far tier saturated: the memory behind the link holds {held:.0%} of the experts, and "
+            f"with LRU reading the others from behind it takes {far:.2f} times the compute time; "
+            f"more memory there helps more than any prefetch"
+        )
     if waits < IDLE:
         said.append(
             f"nothing to hide: with LRU the accelerator waits {waits:.2%} of the time, which is "

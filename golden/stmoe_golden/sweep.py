@@ -183,7 +183,7 @@ def load_sweep(path: str | Path) -> Sweep:
         A trace that cannot be read.
     """
     from .policies.registry import POLICIES
-    from .systems import BITS, SYSTEMS
+    from .systems import BITS
 
     path = Path(path)
     try:
@@ -205,7 +205,7 @@ def load_sweep(path: str | Path) -> Sweep:
     for ratio in ratios:
         if not 0.01 <= ratio <= 100:
             raise _bad(path, f"load_ratio must be 0.01 to 100, not {ratio:g}")
-    systems = _named(path, "system", data.get("system"), SYSTEMS) if "system" in data else []
+    systems = _systems(path, data["system"]) if "system" in data else []
     dtypes = _named(path, "dtype", data.get("dtype", "int8"), BITS)
     policies = _named(path, "policies", data.get("policies", ["ours", "lru"]), POLICIES)
     files = [
@@ -314,6 +314,19 @@ def _named(path: Path, key: str, value: Any, known: Mapping[str, Any]) -> list[s
     for name in names:
         if name not in known:
             raise _bad(path, f"{key} must be of {', '.join(known)}, not {name!r}")
+    return names
+
+
+def _systems(path: Path, value: Any) -> list[str]:
+    from .machine import TimingError
+    from .systems import system_named
+
+    names = _list(path, "system", value, (str,), "a name")
+    for name in names:
+        try:
+            system_named(name)
+        except TimingError as error:
+            raise _bad(path, f"system {error}") from None
     return names
 
 

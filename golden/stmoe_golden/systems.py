@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real links and real expert sizes, each with its source, made into a :class:`Machine`."""
+"""Real links and real expert sizes, each with its source, made into a :class:`Machine`.
+
+A system is named ``NAME``, or ``NAME+BEHIND:N``: then the memory behind the link of ``NAME`` holds
+``N`` experts, and all others are read from ``BEHIND`` first.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,11 @@ __all__ = [
     "EXPERT_SHAPES",
     "SYSTEMS",
     "System",
+    "Tiers",
     "expert_bytes_of",
     "load_ratio_of",
     "machine_for_system",
+    "system_named",
     "systems_table",
 ]
 
@@ -96,6 +102,51 @@ SYSTEMS: dict[str, System] = {
     ),
 }
 
+
+@dataclass(frozen=True)
+class Tiers:
+    """Where experts come from, by :func:`system_named`."""
+
+    near: System
+    far: System | None = None
+    """What is behind the near tier, if that does not hold all experts."""
+    held: int = 0
+    """Experts that the near tier then holds."""
+
+    @property
+    def source(self) -> str:
+        """Of both."""
+        if self.far is None:
+            return self.near.source
+        return (
+            f"{self.near.source}. The memory behind it holds {self.held:,} experts; the others: "
+            f"{self.far.source}"
+        )
+
+
+def system_named(text: str) -> Tiers:
+    """The tiers of ``NAME`` or ``NAME+BEHIND:N``.
+
+    Raises
+    ------
+    TimingError
+        No such system.
+    """
+    name, plus, rest = text.partition("+")
+    behind, colon, number = rest.partition(":")
+    known = name in SYSTEMS and (not plus or behind in SYSTEMS)
+    if not known or (plus and not (colon and number.isascii() and number.isdigit())):
+        raise TimingError(
+            f"must be one of {', '.join(SYSTEMS)}, or two of them as NAME+BEHIND:N, where NAME "
+            f"holds N experts and BEHIND the others, not {text!r:.60}"
+        )
+    if not plus:
+        return Tiers(SYSTEMS[name])
+    if not 1 <= len(number) <= 6 or int(number) < 1:
+        raise TimingError(f"must name 1 to 999,999 experts after the colon, not {text!r:.60}")
+    return Tiers(SYSTEMS[name], SYSTEMS[behind], int(number))
+
+
 EXPERT_SHAPES: dict[str, tuple[int, int]] = {
     "gpt_oss_20b": (2880, 2880),
     "olmoe_1b_7b": (2048, 1024),
@@ -134,10 +185,18 @@ def expert_bytes_of(trace: Trace, dtype: str = "int8") -> np.ndarray:
 
 def machine_for_system(config: EngineConfig, name: str, expert_bytes: np.ndarray) -> Machine:
     """A machine in nanoseconds. An expert takes as long as its weights take to be read, and
-    attention as long as the K experts (architecture section 10)."""
-    if name not in SYSTEMS:
-        raise TimingError(f"unknown system {name!r}; systems are {', '.join(SYSTEMS)}")
-    system = SYSTEMS[name]
+    attention as long as the K experts (architecture section 10).
+
+    Raises
+    ------
+    TimingError
+        No such system (see :func:`system_named`).
+    """
+    try:
+        tiers = system_named(name)
+    except TimingError as error:
+        raise TimingError(f"system {error}") from None
+    system = tiers.near
     layers = config.num_layers
 
     def cycles(seconds: np.ndarray) -> np.ndarray:
@@ -147,7 +206,7 @@ def machine_for_system(config: EngineConfig, name: str, expert_bytes: np.ndarray
     burst = max(float(system.burst), float(expert_bytes.max()) / MAX_BURSTS)
     burst_seconds = burst / system.link
     enough = outstanding_for(system.latency, burst_seconds)
-    return Machine(
+    machine = Machine(
         attention=config.top_k * expert,
         expert=expert,
         load=cycles(expert_bytes / system.link),
@@ -159,6 +218,13 @@ def machine_for_system(config: EngineConfig, name: str, expert_bytes: np.ndarray
         quota=np.full(layers, config.quota, np.int32),
         prefetch_loads=config.prefetch_loads,
         engine=IDEAL,
+    )
+    if tiers.far is None:
+        return machine
+    return machine._replace(
+        near=tiers.held,
+        far_load=cycles(expert_bytes / tiers.far.link),
+        far_latency=np.full(layers, round(tiers.far.latency * HZ), np.int64),
     )
 
 

@@ -8,6 +8,11 @@ accelerator (attention, then K experts in the order of their grants, one at a ti
 (bursts with a latency, in order, demand before prefetch, at most ``prefetch_outstanding`` bursts
 of prefetch ahead of a demand) and the cycles that the engine itself takes.
 
+Where the memory behind the link (the *near* tier) does not hold all experts, one that it lacks is
+read from the *far* tier behind it, into the place of the one that was loaded longest ago. The far
+tier reads whole experts, in the order in which their loads began, and ends what it has begun, even
+if the load is cancelled; a burst's address goes out once its data are in the near tier.
+
 Time is in cycles, integers. A demand is never pre-empted, so all its bursts are timed at once; a
 prefetch is timed burst by burst up to the next routing event. So everything between two events
 happens in the order of time without an event queue.
@@ -126,9 +131,12 @@ COUNTS = (
     "selected",
     "evictions",
     "skipped",
+    "far_loads",
+    "far_cycles",
 )
 """Columns of the counts of each layer; link cycles are those of the bursts asked for while the
-layer ran, all others belong to the layer of the expert."""
+layer ran, all others belong to the layer of the expert. ``far_loads`` are the loads of an expert
+that the near tier did not hold."""
 
 (
     HITS,
@@ -149,12 +157,14 @@ layer ran, all others belong to the layer of the expert."""
     SELECTED,
     EVICTIONS,
     SKIPPED,
+    FAR_LOADS,
+    FAR,
 ) = range(len(COUNTS))
 
-TIMELINE_KINDS = ("attention", "expert", "demand", "prefetch", "cancelled", "stall")
+TIMELINE_KINDS = ("attention", "expert", "demand", "prefetch", "cancelled", "stall", "far")
 """Spans of a timeline: the accelerator's; a load from its first address to its last data, by how
-it began; a prefetch that was cancelled; waiting for experts."""
-ATTENTION, EXPERT, DEMAND, PREFETCH, CANCEL, WAIT = range(len(TIMELINE_KINDS))
+it began; a prefetch that was cancelled; waiting for experts; the far tier reading an expert."""
+ATTENTION, EXPERT, DEMAND, PREFETCH, CANCEL, WAIT, FAR_READ = range(len(TIMELINE_KINDS))
 
 # Scalars of the run, in one array.
 (
@@ -177,8 +187,11 @@ ATTENTION, EXPERT, DEMAND, PREFETCH, CANCEL, WAIT = range(len(TIMELINE_KINDS))
     SPANS,
     BUSY_UNTIL,  # the engine takes no route before
     NEXT_END,  # no prefetch in flight ends before
+    LOADS,  # loads begun so far
+    NEAR_HELD,  # experts that the near tier holds
+    FAR_FREE,  # the far tier is free from here on
     SCALARS,
-) = range(20)
+) = range(23)
 
 
 class RunState(NamedTuple):
@@ -205,7 +218,10 @@ class RunState(NamedTuple):
     ring_prefetch: np.ndarray
     """int64 [P, 2]: end and transfer of the latest bursts of prefetch."""
     transfers: np.ndarray
-    """int64 [X, 8]: prefetches in flight, see below."""
+    """int64 [X, 9]: prefetches in flight, see below."""
+    near: np.ndarray
+    """int64 [L, E]: the number of its latest load, 0 where the near tier does not hold it; empty
+    where there is no other."""
     queue: np.ndarray
     """int64 [limit * look, 3]: layer, expert, time from which it is in the queue."""
     allowed: np.ndarray
@@ -223,7 +239,7 @@ class RunState(NamedTuple):
 
 
 # Columns of a transfer.
-X_STATE, X_LAYER, X_EXPERT, X_SLOT, X_LEFT, X_END, X_BEGIN, X_ORDER = range(8)
+X_STATE, X_LAYER, X_EXPERT, X_SLOT, X_LEFT, X_END, X_BEGIN, X_ORDER, X_FAR = range(9)
 X_FREE, X_LOADING, X_DRAINING = range(3)
 
 
@@ -270,12 +286,55 @@ def _burst(m, s, layer, t, cycles, transfer):
     return end
 
 
+@kernel
+def _reach(m, q, s, layer, expert, slot, at):
+    """A load that begins at ``at``: from when on the far tier delivers it, -1 where it is near."""
+    s.c[LOADS] += 1
+    held = s.near[layer, expert] > 0
+    s.near[layer, expert] = s.c[LOADS]
+    if held:
+        return -1
+    if s.c[NEAR_HELD] < m.near:
+        s.c[NEAR_HELD] += 1
+    else:
+        oldest = s.c[LOADS]
+        oldest_layer, oldest_expert = layer, expert
+        for n in range(s.near.shape[0]):
+            for e in range(s.near.shape[1]):
+                if 0 < s.near[n, e] < oldest:
+                    oldest = s.near[n, e]
+                    oldest_layer, oldest_expert = n, e
+        s.near[oldest_layer, oldest_expert] = 0
+    begin = max(at + m.far_latency[layer], s.c[FAR_FREE])
+    s.c[FAR_FREE] = begin + m.far_load[layer]
+    s.counts[layer, FAR_LOADS] += 1
+    s.counts[layer, FAR] += m.far_load[layer]
+    if q.record:
+        _span(s, FAR_READ, begin, s.c[FAR_FREE], layer, expert, slot)
+    return begin
+
+
 @inline
-def _load_demand(m, s, layer, left, at):
-    """All bursts of a demand; the time at which its last data have come."""
+def _far(m, q, s, layer, expert, slot, at):
+    """As :func:`_reach`, where there may be no far tier."""
+    return _reach(m, q, s, layer, expert, slot, at) if len(s.near) > 0 else -1
+
+
+@inline
+def _come(m, layer, far, left):
+    """When all but the last ``left`` cycles of a load have come from the far tier, at least."""
+    if far < 0:
+        return 0
+    return far - -(m.load[layer] - left) * m.far_load[layer] // m.load[layer]
+
+
+@inline
+def _load_demand(m, s, layer, left, at, far):
+    """All bursts of a demand; the time at which its last data have come. ``far`` is what
+    :func:`_far` says of the load."""
     depth = len(s.ring)
     n = -(-left // m.burst)
-    if m.latency[layer] == 0 and m.engine.address == 0 and n > depth:
+    if m.latency[layer] == 0 and m.engine.address == 0 and n > depth and far < 0:
         # Without latency the link never waits for an address, so only the last bursts matter.
         s.counts[s.c[LATEST], LINK] += left
         start = max(at, s.c[ADDRESS], s.c[CHANNEL])
@@ -290,7 +349,7 @@ def _load_demand(m, s, layer, left, at):
     end = at
     while left > 0:
         cycles = min(left, m.burst)
-        t = _burst_time(m, s, at, False)
+        t = max(_burst_time(m, s, at, False), _come(m, layer, far, left - cycles))
         end = _burst(m, s, layer, t, cycles, -1)
         left -= cycles
     return end
@@ -430,6 +489,7 @@ def _start_prefetch(m, q, s, b, t):
     row[X_LEFT] = m.load[layer]
     row[X_BEGIN] = at
     row[X_END] = at
+    row[X_FAR] = _far(m, q, s, layer, expert, slot, at)
     row[X_ORDER] = s.c[ORDER]
     s.c[ORDER] += 1
     s.c[HELD] += 1
@@ -444,10 +504,11 @@ def _advance(m, q, s, b, until):
         x = s.c[ACTIVE]
         if x >= 0:
             row = s.transfers[x]
-            t = _burst_time(m, s, row[X_BEGIN], True)
+            cycles = min(row[X_LEFT], m.burst)
+            come = _come(m, row[X_LAYER], row[X_FAR], row[X_LEFT] - cycles)
+            t = max(_burst_time(m, s, row[X_BEGIN], True), come)
             if t >= until:
                 return
-            cycles = min(row[X_LEFT], m.burst)
             end = _burst(m, s, row[X_LAYER], t, cycles, x)
             row[X_LEFT] -= cycles
             row[X_END] = end + m.engine.fill
@@ -591,9 +652,8 @@ def _route(m, q, s, b, layer, used, now, missed_by_lru, token_misses):
             counts[LATE] += 1
             end = row[X_END]
             if row[X_LEFT] > 0:
-                end = (
-                    _load_demand(m, s, layer, row[X_LEFT], max(now + g.load, row[X_BEGIN])) + g.fill
-                )
+                since = max(now + g.load, row[X_BEGIN])
+                end = _load_demand(m, s, layer, row[X_LEFT], since, row[X_FAR]) + g.fill
                 s.c[ACTIVE] = -1
                 if q.record:
                     _span(s, PREFETCH, row[X_BEGIN], end, layer, e, row[X_SLOT])
@@ -633,7 +693,8 @@ def _route(m, q, s, b, layer, used, now, missed_by_lru, token_misses):
             _place(s, b, layer, e, slot, False)
             b.lane[layer, e] = PINNED
             counts[DEMAND_LOADS] += 1
-            end = _load_demand(m, s, layer, m.load[layer], found)
+            far = _far(m, q, s, layer, e, slot, found)
+            end = _load_demand(m, s, layer, m.load[layer], found, far)
             if q.record:
                 _span(s, DEMAND, found, end, layer, e, slot)
             s.grants[granted, 0] = end + g.fill
@@ -893,7 +954,8 @@ def _new_run(m: Machine, policy: Policy, config: EngineConfig, state: Any, spans
         polluted=np.zeros((layers, experts), np.bool_),
         ring=np.zeros(m.max_outstanding, np.int64),
         ring_prefetch=np.zeros((m.prefetch_outstanding, 2), np.int64),
-        transfers=np.zeros((max(1, m.prefetch_loads), 8), np.int64),
+        transfers=np.zeros((max(1, m.prefetch_loads), 9), np.int64),
+        near=np.zeros((layers, experts) if len(m.far_load) else (0, 0), np.int64),
         queue=np.zeros((max(1, policy.limit * policy.look), 3), np.int64),
         allowed=np.zeros(experts, np.bool_),
         picks=np.zeros(max(0, int(policy.limit)), np.int64),

@@ -21,7 +21,7 @@ from ..compare import available_cores, compare
 from ..config import ConfigError, EngineConfig, preset
 from ..policies.registry import POLICIES
 from ..replay import ReplayResult, replay_trace
-from ..systems import SYSTEMS, expert_bytes_of, machine_for_system
+from ..systems import Tiers, expert_bytes_of, machine_for_system, system_named
 from ..timing import Machine, TimedResult, TimingError, machine_for_harness, machine_for_ratio
 from ..timing import simulate as time_policy
 from ..traces import Trace, TraceError, config_for, load_trace
@@ -301,10 +301,12 @@ def study_of_compare(path: str | Path, *, spans: int = 0) -> Study:
     notes: list[str] = []
     ratio = float(_field(path, result, "load_ratio", (int, float)))
     system = result.get("system")
-    if system is not None and system not in SYSTEMS:
-        raise ReportError(
-            f"{path}: system must be null or {', '.join(SYSTEMS)}, not {system!r:.40}"
-        )
+    tiers: Tiers | None = None
+    if system is not None:
+        try:
+            tiers = system_named(str(system))
+        except TimingError as error:
+            raise ReportError(f"{path}: system, where it is not null, {error}") from None
     trace = _trace_of(path, result, notes)
     said = _field(path, result, "guardrails", (list,))
     facts: list[tuple[str, str]] = [("trace", str(result["trace"]))]
@@ -323,8 +325,8 @@ def study_of_compare(path: str | Path, *, spans: int = 0) -> Study:
         predictions = _predictions(trace, config)
         facts = _facts(trace, config)
     facts.append(("load ratio r", f"{ratio:.3g}"))
-    if system is not None:
-        facts.append(("system", f"{system}: {SYSTEMS[system].source}"))
+    if tiers is not None:
+        facts.append(("system", f"{system}: {tiers.source}"))
     size = result.get("expert_bytes")
     if isinstance(size, int | float):
         facts.append(("an expert", f"{size / 1e6:,.3g} MB"))

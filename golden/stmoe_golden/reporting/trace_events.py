@@ -2,9 +2,9 @@
 """A timed run as Chrome trace events, for Perfetto (ui.perfetto.dev) or ``chrome://tracing``.
 
 One JSON object with ``traceEvents``: complete events (``ph`` X: name, ``ts``, ``dur``) on lanes
-that metadata events (``ph`` M) name. Lanes are compute (attention, experts, stalls), the link, and
-every slot of the expert buffer (the load that fills it, then the expert's runs). Spans of one lane
-never overlap, and are in the order of their beginnings.
+that metadata events (``ph`` M) name. Lanes are compute (attention, experts, stalls), the link, the
+far tier where there is one, and every slot of the expert buffer (the load that fills it, then the
+expert's runs). Spans of one lane never overlap, and are in the order of their beginnings.
 
 ``ts`` and ``dur`` are in microseconds, as the format says; where the machine has no clock rate one
 microsecond stands for one cycle. The format: Google, Trace Event Format, "Complete Events" and
@@ -22,8 +22,13 @@ from ..timing import TIMELINE_KINDS, TimedResult
 
 __all__ = ["trace_events", "trace_events_json"]
 
-ACCELERATOR, LINK, BUFFER = 1, 2, 3
-PROCESSES = {ACCELERATOR: "accelerator", LINK: "link", BUFFER: "expert buffer"}
+ACCELERATOR, LINK, BUFFER, FAR_TIER = 1, 2, 3, 4
+PROCESSES = {
+    ACCELERATOR: "accelerator",
+    LINK: "link",
+    BUFFER: "expert buffer",
+    FAR_TIER: "far tier",
+}
 
 COMPUTE_KINDS = ("attention", "expert", "stall")
 LOAD_KINDS = ("demand", "prefetch", "cancelled")
@@ -34,6 +39,7 @@ COLOURS = {
     "demand": "bad",
     "prefetch": "rail_load",
     "cancelled": "black",
+    "far": "yellow",
 }
 """Reserved colour names of Chrome's viewer; Perfetto picks its own."""
 
@@ -81,6 +87,9 @@ def trace_events(result: TimedResult, *, microseconds_per_cycle: float = 1.0) ->
             add(ACCELERATOR, 0, kind, span)
         elif kind in LOAD_KINDS:
             add(LINK, _lane_for(link_ends, span[1], span[2]), kind, span)
+        elif kind == "far":
+            add(FAR_TIER, 0, kind, span)
+            continue
         if slot >= 0 and kind != "stall":
             add(BUFFER, slot, kind, span)
     lanes = [(ACCELERATOR, 0, "compute")]
@@ -89,6 +98,8 @@ def trace_events(result: TimedResult, *, microseconds_per_cycle: float = 1.0) ->
         for lane in range(max(1, len(link_ends)))
     ]
     lanes += [(BUFFER, slot, f"slot {slot}") for slot in range(result.machine.slots)]
+    if len(result.machine.far_load):
+        lanes.append((FAR_TIER, 0, "reads"))
     events.sort(key=itemgetter("ts", "pid", "tid"))
     return {
         "traceEvents": _names(lanes) + events,
@@ -140,7 +151,10 @@ def _lane_for(ends: list[tuple[int, int]], begin: int, end: int) -> int:
 def _names(lanes: Sequence[tuple[int, int, str]]) -> list[dict[str, Any]]:
     """Metadata events: names of processes and lanes, in the order in which they are shown."""
     events: list[dict[str, Any]] = []
+    used = {process for process, _, _ in lanes}
     for process, name in PROCESSES.items():
+        if process not in used:
+            continue
         for what, args in (
             ("process_name", {"name": name}),
             ("process_sort_index", {"sort_index": process}),

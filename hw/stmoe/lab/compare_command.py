@@ -47,7 +47,11 @@ def add_compare_arguments(
         metavar="R",
         help="time to load K experts over the compute time of a layer (default 1)",
     )
-    link.add_argument("--system", metavar="NAME", help="a real link and accelerator instead")
+    link.add_argument(
+        "--system",
+        metavar="NAME",
+        help="a real link and accelerator instead; NAME+BEHIND:N where it holds only N experts",
+    )
     parser.add_argument(
         "--list-systems", action="store_true", help="print the systems with their sources"
     )
@@ -146,18 +150,20 @@ def compare_command(options: argparse.Namespace, write: Callable[[str], None]) -
     CommandError, ConfigError
         Bad input, in one line.
     """
+    from stmoe_golden.machine import TimingError
     from stmoe_golden.policies.registry import POLICIES, PolicyError, load_policy_file
-    from stmoe_golden.systems import SYSTEMS, systems_table
+    from stmoe_golden.systems import system_named, systems_table
 
     if options.list_systems:
         write(systems_table() + "\n")
         return
     if options.trace is None:
         raise CommandError("the following arguments are required: TRACE")
-    if options.system is not None and options.system not in SYSTEMS:
-        raise CommandError(
-            f"argument --system: must be {', '.join(SYSTEMS)}, not {options.system!r}"
-        )
+    if options.system is not None:
+        try:
+            system_named(options.system)
+        except TimingError as error:
+            raise CommandError(f"argument --system: {error}") from None
     if options.load_ratio is not None and not 0.01 <= options.load_ratio <= 100:
         raise CommandError(
             f"argument --load-ratio: must be 0.01 to 100, not {options.load_ratio:g}"
@@ -165,7 +171,6 @@ def compare_command(options: argparse.Namespace, write: Callable[[str], None]) -
     names = list(POLICIES) if options.policies is None else policy_names(options.policies)
     from stmoe_golden.compare import available_cores, compare
     from stmoe_golden.energy import EnergyError
-    from stmoe_golden.timing import TimingError
 
     try:
         own = [load_policy_file(path) for path in options.policy_file]
