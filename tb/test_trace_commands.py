@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`stmoe trace info, slice, validate`, and `capture` where its extra is missing."""
+"""`stmoe trace info, slice, resample, validate`, and `capture` where its extra is missing."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from command import ended, refused
+from simulation import IN_REPO
 from stmoe_golden.synthetic import markov_trace
 from stmoe_golden.trace_statistics import LAGS, trace_statistics
 from stmoe_golden.traces import Trace, TraceError, load_trace, save_trace
@@ -115,6 +116,43 @@ def test_slices_are_those_parts(tmp_path, call):
     np.testing.assert_array_equal(last.present, trace.present[:, 1:])
     assert last.info["model_layers"] == [1, 2] and last.expert_bytes == [4096, 2048]
     assert last.num_layers == 2
+
+
+def test_a_resampled_trace_has_the_shape_that_was_asked_for(tmp_path, call):
+    out = tmp_path / "o.npz"
+
+    def made(*arguments):
+        assert call("resample", IN_REPO, "-o", out, "--tokens", "30", *arguments)[0] == 0
+        trace = load_trace(out)
+        assert trace.num_tokens == 30
+        return trace
+
+    for arguments, shape in (
+        (["--preset", "gpt_oss_20b"], (24, 32, 4)),
+        (["--preset", "tiny", "--top-k", "3"], (4, 8, 3)),
+        (["--experts", "64"], (8, 64, 4)),
+    ):
+        trace = made(*arguments)
+        assert (trace.num_layers, trace.num_experts, trace.top_k) == shape
+        assert trace.info["source"].startswith("resampled(")
+    same = made("--experts", "64", "--seed", "1")
+    assert (same.experts == trace.experts).all()
+    assert (made("--experts", "64", "--seed", "2").experts != trace.experts).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "a shape is needed: --preset, or --layers, --experts and --top-k"),
+        (["--preset", "huge"], "unknown preset 'huge'; presets are tiny, "),
+        (["--experts", "300"], "num_experts must be 1 to 256, not 300"),
+        (["--experts", "3"], "top_k must be at most num_experts (3), not 4"),
+        (["--preset", "tiny", "--seed", "-1"], "argument --seed: must be 0 or more, not -1"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused(arguments, message, tmp_path, call):
+    text = refused(call("resample", IN_REPO, "-o", tmp_path / "o.npz", *arguments))
+    assert message in text and not (tmp_path / "o.npz").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .config import PRESETS, preset
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_trace_commands", "run_trace_command"]
 
-COMMANDS = ("info", "convert", "slice", "validate", "capture")
+COMMANDS = ("info", "convert", "slice", "resample", "validate", "capture")
 FORMATS = ("trace", "route-csv", "vllm", "router-logits", "jsonl")
 PHASES = {"prefill": 0, "decode": 1}
 
@@ -77,6 +79,16 @@ def add_trace_commands(commands: Any, count: Callable[[str], int]) -> None:
         "--complete", action="store_true", help="only tokens with the routing of every layer"
     )
 
+    shape = command("resample", "Make routing of one model's shape from another's, for tests.")
+    shape.add_argument("trace", metavar="FILE")
+    output(shape)
+    shape.add_argument("--preset", metavar="NAME", help=f"shape of {', '.join(PRESETS)}")
+    shape.add_argument("--layers", type=count, metavar="L", help="else the preset's or the trace's")
+    shape.add_argument("--experts", type=count, metavar="E", help="the same")
+    shape.add_argument("--top-k", type=count, metavar="K", help="the same")
+    shape.add_argument("--tokens", type=count, metavar="N", help="only the first N")
+    shape.add_argument("--seed", type=int, default=1, metavar="N", help="default: %(default)s")
+
     validate = command("validate", "Check a trace, and say whether it can be replayed.")
     validate.add_argument("trace", metavar="FILE")
 
@@ -120,6 +132,7 @@ def run_trace_command(options: argparse.Namespace, write: Callable[[str], None])
         "info": _info,
         "convert": _convert,
         "slice": _slice,
+        "resample": _resample,
         "validate": _validate,
         "capture": _capture,
     }
@@ -277,6 +290,25 @@ def _slice(options: argparse.Namespace, write: Callable[[str], None]) -> None:
         complete=options.complete,
     )
     _save(trace, options.output, write)
+
+
+def _resample(options: argparse.Namespace, write: Callable[[str], None]) -> None:
+    from .resample import resampled
+    from .traces import TraceError, check_complete, config_for, load_trace
+
+    if options.seed < 0:
+        raise TraceError(f"argument --seed: must be 0 or more, not {options.seed}")
+    wanted = {"num_layers": options.layers, "num_experts": options.experts, "top_k": options.top_k}
+    changes = {name: value for name, value in wanted.items() if value is not None}
+    if options.preset is None and not changes:
+        raise TraceError("a shape is needed: --preset, or --layers, --experts and --top-k")
+    named = None if options.preset is None else preset(options.preset)
+    trace = load_trace(options.trace)
+    check_complete(trace)
+    config = (config_for(trace) if named is None else named).replace(**changes)
+    if options.tokens is not None:
+        trace = trace.head(options.tokens)
+    _save(resampled(trace, config, seed=options.seed), options.output, write)
 
 
 def _validate(options: argparse.Namespace, write: Callable[[str], None]) -> None:
