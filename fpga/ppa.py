@@ -58,7 +58,8 @@ TURNS = 120
 """Iterations of the router until an aim counts as out of reach; those that end take up to 60."""
 
 FAILURES = 2
-"""Seeds of a design for which an aim was out of reach: those that follow do not try it."""
+"""Seeds of a design for which an aim was out of reach: those that follow do not try it. So a seed
+depends on those before it, and its figure can only be lower for that."""
 
 TOLERANCE = 0.1
 """A fresh synthesis may differ from the committed figure by so much."""
@@ -156,7 +157,12 @@ def _route(nextpnr: Tool, folder: Path, seed: int, made: str, label: str) -> Pat
     arguments += ["--seed", str(seed), "--router", "router2"]
     for aim in AIMS_MHZ:
         failed = folder / f"{made}-{seed}.not-at-{aim}"
-        if failed.exists() or len(list(folder.glob(f"{made}-*.not-at-{aim}"))) >= FAILURES:
+        if failed.exists():
+            continue
+        if len(list(folder.glob(f"{made}-*.not-at-{aim}"))) >= FAILURES:
+            _say(
+                f"{label}: seed {seed} is not tried at {aim} MHz, which {FAILURES} have not reached"
+            )
             continue
         if _run(nextpnr, [*arguments, "--freq", str(aim), "--tmg-ripup"], folder, log, TURNS):
             break

@@ -163,6 +163,22 @@ def test_guardrail_says_when_latency_decides(in_repo):
     assert any(re.search(r"latency decides: .* 181\.8 times", text) for text in said), said
 
 
+def test_guardrail_says_when_the_far_latency_decides(in_repo):
+    trace = in_repo.head(300)  # experts of 2 KiB
+
+    def said(near):
+        found = compare(
+            trace, config_for(trace), system=f"lpddr5+nvme:{near}", policies=["on_demand"]
+        )
+        return [text for text in found.guardrails if "far" in text]
+
+    texts = said(20)
+    assert any("holds 8% of the experts, and the first byte of another comes" in t for t in texts)
+    assert any("after 181.8 times what reading it then takes" in t for t in texts), texts
+    # Nothing that more memory could change: everything is read once.
+    assert said(256) == said(999_999) == []
+
+
 # Systems and energy ---------------------------------------------------------------------------
 
 
@@ -197,14 +213,13 @@ def test_two_tiers_are_named_as_one_system(in_repo):
         picojoules = 8 * 12_441_600 * reads * 120 / two.result.tokens_measured
         assert two.energy["nvme"] == pytest.approx(picojoules * 1e-12)
         assert two.result.time > one.result.time
-    (said,) = [text for text in tiers.guardrails if "far tier" in text]
+    assert one.as_dict()["hidden"] is not None and two.as_dict()["hidden"] is None
+    (said,) = [text for text in tiers.guardrails if "far" in text]
     lru = tiers.row("lru").result
     share = lru.total("far_loads") * 12_441_600 / 7.45 / lru.compute_cycles
-    assert (
-        "holds 16% of the experts, and with LRU reading the others from behind it takes "
-        f"{share:.2f} times the compute time" in said
-    )
-    assert not any("far tier" in text for text in alone.guardrails)
+    assert said.startswith("far tier saturated: the memory behind the link holds 16% of the exp")
+    assert f"with LRU reading the others takes {share:.2f} times the compute time" in said
+    assert not any("far" in text for text in alone.guardrails)
     heads, row = tiers.table().split("\n")[3:5]
     assert heads.endswith(" far") and len(heads.split()) == len(row.split())
     assert " far" not in alone.table().split("\n")[3]
@@ -328,7 +343,9 @@ def test_hooks_are_called_in_the_documented_order(tmp_path):
         (["--system", "lpddr5+nvme"], "BEHIND the others, not 'lpddr5+nvme'"),
         (["--system", "lpddr5+nvme:1.5"], "BEHIND the others, not 'lpddr5+nvme:1.5'"),
         (["--system", "lpddr5+"], "BEHIND the others, not 'lpddr5+'"),
-        (["--system", "lpddr5+nvme:0"], "must name 1 to 999,999 experts after the colon, not 'lp"),
+        (["--system", "lpddr5+nvme:0"], "must name 1 to 999999 experts after the colon, without"),
+        (["--system", "lpddr5+nvme:04"], "without leading zeros, not 'lpddr5+nvme:04'"),
+        (["--system", "lpddr5+nvme:1000000"], "must name 1 to 999999 experts"),
         (["--system", "nvme", "--load-ratio", "1"], "not allowed with argument"),
         (["--quota", "1", "--slots", "20"], "not allowed with argument"),
         (["--dtype", "fp8"], "expert type must be fp16, int8, int4, not 'fp8'"),

@@ -80,6 +80,7 @@ def test_a_seed_is_routed_for_what_it_reaches(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "x: seed 1 is not at 98 MHz after 120 turns of the router\n" in said
     assert "x: seed 1 is not at 93" not in said
+    assert "x: seed 3 is not tried at 98 MHz, which 2 have not reached\n" in said
     assert "x: seed 2 is not at 93 MHz after 120 turns of the router\n" in said
     # What was measured is not measured again, and an interrupted seed goes on with its next aim.
     assert ppa._fmax(tmp_path, (1, 2, 3, 4), "x") == 93.4

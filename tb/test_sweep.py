@@ -371,7 +371,7 @@ def test_the_command_prints_a_table_or_json_and_its_results_make_a_report(folder
         ('traces = "a.npz"\nload_ratio = [1, 0]', "load_ratio must be 0.01 to 100, not 0"),
         ('traces = "a.npz"\nload_ratio = 1\nsystem = "nvme"', "cannot both be given"),
         ('traces = "a.npz"\nsystem = "floppy"', "system must be one of pcie4_x16, "),
-        ('traces = "a.npz"\nsystem = ["nvme", "lpddr5+nvme:0"]', "system must name 1 to 999,999 "),
+        ('traces = "a.npz"\nsystem = ["nvme", "lpddr5+nvme:0"]', "system must name 1 to 999999 "),
         ('traces = "a.npz"\ntokens = 0', "tokens must be 1 or more, not 0"),
         ('traces = "a.npz"\n[config]\nquotas = 1', "config: unknown field 'quotas'; fields are "),
         ('traces = "a.npz"\n[config]\nquota = [1, 999]', "config: quota must be 0 to 256, not 999"),

@@ -72,7 +72,7 @@ class Row:
             "needed": r.needed,
             "skipped": r.total("skipped"),
             "stall_share": stall / r.cycles,
-            "hidden": r.total("hidden_cycles") / r.compute_cycles,
+            "hidden": None if r.machine.tiered else r.total("hidden_cycles") / r.compute_cycles,
             "link_busy": r.link_cycles / r.cycles,
             "mean": mean_cycles / compute,
             "energy": dict(self.energy),
@@ -132,7 +132,7 @@ class Comparison:
             "",
         ]
         heads = "time p50 p99 hit bytes missrec useful late useless cancel pollut stall mJ/token"
-        far = len(self.rows[0].result.machine.far_load) > 0
+        far = self.rows[0].result.machine.tiered
         heads += " far" if far else ""
         lines.append(f"{'policy':<16}" + "".join(f"{head:>9}" for head in heads.split()))
         for row in self.rows:

@@ -34,14 +34,7 @@ def guardrails(trace: Trace, config: EngineConfig, machine: Machine, lru: TimedR
             f"link saturated: with LRU the loads alone take {loads:.2f} times the compute time; "
             f"however well it prefetches, no policy that loads as much can be faster than that"
         )
-    far = lru.total("far_cycles") / lru.compute_cycles
-    if far >= SATURATED:
-        held = machine.near / (config.num_layers * config.num_experts)
-        said.append(
-            f"far tier saturated: the memory behind the link holds {held:.0%} of the experts, and "
-            f"with LRU reading the others from behind it takes {far:.2f} times the compute time; "
-            f"more memory there helps more than any prefetch"
-        )
+    said += _far_tier(config, machine, lru)
     if waits < IDLE:
         said.append(
             f"nothing to hide: with LRU the accelerator waits {waits:.2%} of the time, which is "
@@ -67,5 +60,30 @@ def guardrails(trace: Trace, config: EngineConfig, machine: Machine, lru: TimedR
         said.append(
             f"routing without locality: {rate:.3f} of experts were used by the token before, by "
             f"chance it would be {chance:.3f}; there is little to predict from"
+        )
+    return said
+
+
+def _far_tier(config: EngineConfig, machine: Machine, lru: TimedResult) -> list[str]:
+    """What the tier behind the near one decides, where that lacks some experts."""
+    experts = config.num_layers * config.num_experts
+    reads = lru.total("far_loads")
+    if machine.near >= experts or not reads:
+        return []
+    said = []
+    held = f"the memory behind the link holds {machine.near / experts:.0%} of the experts"
+    busy = lru.total("far_cycles") / lru.compute_cycles
+    if busy >= SATURATED:
+        said.append(
+            f"far tier saturated: {held}, and with LRU reading the others takes {busy:.2f} times "
+            f"the compute time; no policy that reads as much can be faster than that"
+        )
+    latency, load = machine.far_latency.mean(), machine.far_load.mean()
+    waits = reads * latency / lru.compute_cycles
+    if latency > load and waits >= SATURATED:
+        said.append(
+            f"far latency decides: {held}, and the first byte of another comes after "
+            f"{latency / load:.1f} times what reading it then takes; one after the other LRU's "
+            f"{reads} reads wait {waits:.2f} times the compute time for their first bytes"
         )
     return said

@@ -118,12 +118,18 @@ class Machine(NamedTuple):
     """Most prefetches that hold a slot (loading or draining) at once."""
     engine: EngineCycles
     near: int = 0
-    """Experts that the memory behind the link holds, the last loaded ones; 0: all of them."""
+    """Experts that the memory behind the link holds, those loaded last; all, where there is no far
+    tier."""
     far_load: np.ndarray = np.zeros(0, np.int64)
     """int64 [L]: cycles that the tier behind that memory is busy with one expert; empty: there is
     none."""
     far_latency: np.ndarray = np.zeros(0, np.int64)
     """int64 [L]: cycles from asking that tier to its first data."""
+
+    @property
+    def tiered(self) -> bool:
+        """There is a far tier."""
+        return len(self.far_load) > 0
 
 
 def outstanding_for(latency: float, burst: float) -> int:

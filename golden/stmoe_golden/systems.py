@@ -142,8 +142,11 @@ def system_named(text: str) -> Tiers:
         )
     if not plus:
         return Tiers(SYSTEMS[name])
-    if not 1 <= len(number) <= 6 or int(number) < 1:
-        raise TimingError(f"must name 1 to 999,999 experts after the colon, not {text!r:.60}")
+    if len(number) > 6 or number.startswith("0"):
+        raise TimingError(
+            f"must name 1 to 999999 experts after the colon, without leading zeros, not "
+            f"{text!r:.60}"
+        )
     return Tiers(SYSTEMS[name], SYSTEMS[behind], int(number))
 
 
@@ -221,9 +224,14 @@ def machine_for_system(config: EngineConfig, name: str, expert_bytes: np.ndarray
     )
     if tiers.far is None:
         return machine
+    far_load = cycles(expert_bytes / tiers.far.link)
+    if float(machine.load.max()) * float(far_load.max()) > 1 << 62:
+        raise TimingError(
+            f"system {name}: experts of {expert_bytes.max():.3g} bytes take too long on two tiers"
+        )
     return machine._replace(
         near=tiers.held,
-        far_load=cycles(expert_bytes / tiers.far.link),
+        far_load=far_load,
         far_latency=np.full(layers, round(tiers.far.latency * HZ), np.int64),
     )
 

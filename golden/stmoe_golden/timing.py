@@ -10,8 +10,8 @@ of prefetch ahead of a demand) and the cycles that the engine itself takes.
 
 Where the memory behind the link (the *near* tier) does not hold all experts, one that it lacks is
 read from the *far* tier behind it, into the place of the one that was loaded longest ago. The far
-tier reads whole experts, in the order in which their loads began, and ends what it has begun, even
-if the load is cancelled; a burst's address goes out once its data are in the near tier.
+tier reads whole experts, in the order in which their loads began, and all that it has been asked
+for, even if the load is cancelled; a burst's address goes out once its data are in the near tier.
 
 Time is in cycles, integers. A demand is never pre-empted, so all its bursts are timed at once; a
 prefetch is timed burst by burst up to the next routing event. So everything between two events
@@ -158,12 +158,13 @@ that the near tier did not hold."""
     EVICTIONS,
     SKIPPED,
     FAR_LOADS,
-    FAR,
+    FAR_CYCLES,
 ) = range(len(COUNTS))
 
 TIMELINE_KINDS = ("attention", "expert", "demand", "prefetch", "cancelled", "stall", "far")
-"""Spans of a timeline: the accelerator's; a load from its first address to its last data, by how
-it began; a prefetch that was cancelled; waiting for experts; the far tier reading an expert."""
+"""Spans of a timeline: the accelerator's; a load from when it begins (it may wait for the far tier
+then) to its last data, by how it began; a prefetch that was cancelled; waiting for experts; the far
+tier reading an expert."""
 ATTENTION, EXPERT, DEMAND, PREFETCH, CANCEL, WAIT, FAR_READ = range(len(TIMELINE_KINDS))
 
 # Scalars of the run, in one array.
@@ -222,6 +223,8 @@ class RunState(NamedTuple):
     near: np.ndarray
     """int64 [L, E]: the number of its latest load, 0 where the near tier does not hold it; empty
     where there is no other."""
+    far_begin: np.ndarray
+    """int64 [L, E]: when the far tier began to deliver it the last time; empty as ``near``."""
     queue: np.ndarray
     """int64 [limit * look, 3]: layer, expert, time from which it is in the queue."""
     allowed: np.ndarray
@@ -239,7 +242,7 @@ class RunState(NamedTuple):
 
 
 # Columns of a transfer.
-X_STATE, X_LAYER, X_EXPERT, X_SLOT, X_LEFT, X_END, X_BEGIN, X_ORDER, X_FAR = range(9)
+X_STATE, X_LAYER, X_EXPERT, X_SLOT, X_LEFT, X_END, X_BEGIN, X_ORDER, X_DELIVERY = range(9)
 X_FREE, X_LOADING, X_DRAINING = range(3)
 
 
@@ -287,13 +290,15 @@ def _burst(m, s, layer, t, cycles, transfer):
 
 
 @kernel
-def _reach(m, q, s, layer, expert, slot, at):
-    """A load that begins at ``at``: from when on the far tier delivers it, -1 where it is near."""
+def _look_up(m, q, s, layer, expert, slot, at):
+    """A load that begins at ``at``: from when on the far tier delivers it, -1 where all of it is
+    near."""
     s.c[LOADS] += 1
     held = s.near[layer, expert] > 0
     s.near[layer, expert] = s.c[LOADS]
     if held:
-        return -1
+        begin = s.far_begin[layer, expert]
+        return begin if begin + m.far_load[layer] > at else -1
     if s.c[NEAR_HELD] < m.near:
         s.c[NEAR_HELD] += 1
     else:
@@ -306,35 +311,37 @@ def _reach(m, q, s, layer, expert, slot, at):
                     oldest_layer, oldest_expert = n, e
         s.near[oldest_layer, oldest_expert] = 0
     begin = max(at + m.far_latency[layer], s.c[FAR_FREE])
+    s.far_begin[layer, expert] = begin
     s.c[FAR_FREE] = begin + m.far_load[layer]
     s.counts[layer, FAR_LOADS] += 1
-    s.counts[layer, FAR] += m.far_load[layer]
+    s.counts[layer, FAR_CYCLES] += m.far_load[layer]
     if q.record:
         _span(s, FAR_READ, begin, s.c[FAR_FREE], layer, expert, slot)
     return begin
 
 
 @inline
-def _far(m, q, s, layer, expert, slot, at):
-    """As :func:`_reach`, where there may be no far tier."""
-    return _reach(m, q, s, layer, expert, slot, at) if len(s.near) > 0 else -1
+def _delivery(m, q, s, layer, expert, slot, at):
+    """As :func:`_look_up`, where there may be no far tier."""
+    return _look_up(m, q, s, layer, expert, slot, at) if len(s.near) > 0 else -1
 
 
 @inline
-def _come(m, layer, far, left):
+def _arrived(m, layer, delivery, left):
     """When all but the last ``left`` cycles of a load have come from the far tier, at least."""
-    if far < 0:
+    if delivery < 0:
         return 0
-    return far - -(m.load[layer] - left) * m.far_load[layer] // m.load[layer]
+    part = (m.load[layer] - left) * m.far_load[layer]
+    return delivery + (part + m.load[layer] - 1) // m.load[layer]
 
 
 @inline
-def _load_demand(m, s, layer, left, at, far):
-    """All bursts of a demand; the time at which its last data have come. ``far`` is what
-    :func:`_far` says of the load."""
+def _load_demand(m, s, layer, left, at, delivery):
+    """All bursts of a demand; the time at which its last data have come. ``delivery`` is what
+    :func:`_delivery` said of the load."""
     depth = len(s.ring)
     n = -(-left // m.burst)
-    if m.latency[layer] == 0 and m.engine.address == 0 and n > depth and far < 0:
+    if m.latency[layer] == 0 and m.engine.address == 0 and n > depth and delivery < 0:
         # Without latency the link never waits for an address, so only the last bursts matter.
         s.counts[s.c[LATEST], LINK] += left
         start = max(at, s.c[ADDRESS], s.c[CHANNEL])
@@ -349,7 +356,7 @@ def _load_demand(m, s, layer, left, at, far):
     end = at
     while left > 0:
         cycles = min(left, m.burst)
-        t = max(_burst_time(m, s, at, False), _come(m, layer, far, left - cycles))
+        t = max(_burst_time(m, s, at, False), _arrived(m, layer, delivery, left - cycles))
         end = _burst(m, s, layer, t, cycles, -1)
         left -= cycles
     return end
@@ -489,7 +496,7 @@ def _start_prefetch(m, q, s, b, t):
     row[X_LEFT] = m.load[layer]
     row[X_BEGIN] = at
     row[X_END] = at
-    row[X_FAR] = _far(m, q, s, layer, expert, slot, at)
+    row[X_DELIVERY] = _delivery(m, q, s, layer, expert, slot, at)
     row[X_ORDER] = s.c[ORDER]
     s.c[ORDER] += 1
     s.c[HELD] += 1
@@ -505,8 +512,8 @@ def _advance(m, q, s, b, until):
         if x >= 0:
             row = s.transfers[x]
             cycles = min(row[X_LEFT], m.burst)
-            come = _come(m, row[X_LAYER], row[X_FAR], row[X_LEFT] - cycles)
-            t = max(_burst_time(m, s, row[X_BEGIN], True), come)
+            arrived = _arrived(m, row[X_LAYER], row[X_DELIVERY], row[X_LEFT] - cycles)
+            t = max(_burst_time(m, s, row[X_BEGIN], True), arrived)
             if t >= until:
                 return
             end = _burst(m, s, row[X_LAYER], t, cycles, x)
@@ -653,7 +660,7 @@ def _route(m, q, s, b, layer, used, now, missed_by_lru, token_misses):
             end = row[X_END]
             if row[X_LEFT] > 0:
                 since = max(now + g.load, row[X_BEGIN])
-                end = _load_demand(m, s, layer, row[X_LEFT], since, row[X_FAR]) + g.fill
+                end = _load_demand(m, s, layer, row[X_LEFT], since, row[X_DELIVERY]) + g.fill
                 s.c[ACTIVE] = -1
                 if q.record:
                     _span(s, PREFETCH, row[X_BEGIN], end, layer, e, row[X_SLOT])
@@ -693,8 +700,8 @@ def _route(m, q, s, b, layer, used, now, missed_by_lru, token_misses):
             _place(s, b, layer, e, slot, False)
             b.lane[layer, e] = PINNED
             counts[DEMAND_LOADS] += 1
-            far = _far(m, q, s, layer, e, slot, found)
-            end = _load_demand(m, s, layer, m.load[layer], found, far)
+            delivery = _delivery(m, q, s, layer, e, slot, found)
+            end = _load_demand(m, s, layer, m.load[layer], found, delivery)
             if q.record:
                 _span(s, DEMAND, found, end, layer, e, slot)
             s.grants[granted, 0] = end + g.fill
@@ -904,7 +911,8 @@ class TimedResult:
     latency: np.ndarray
     """int64 [measured tokens]: cycles from one token's end to the next one's."""
     per_layer: dict[str, np.ndarray]
-    """int64 [L] for each of :data:`COUNTS`, and ``hidden_cycles``: link cycles behind compute."""
+    """int64 [L] for each of :data:`COUNTS`, and ``hidden_cycles``: link cycles behind compute, at
+    least (0 where there is a far tier: the link may rest while the accelerator waits for that)."""
     needed: int
     """Experts that the measured tokens use, those that adaptive gating skips included."""
     link_cycles: int
@@ -943,6 +951,7 @@ def _new_run(m: Machine, policy: Policy, config: EngineConfig, state: Any, spans
     c = np.zeros(SCALARS, np.int64)
     c[ACTIVE], c[FREE], c[LATEST], c[NEXT_END] = -1, m.slots, layers - 1, NEVER
     own = learned and not policy.prefetches
+    tiers = (layers, experts) if m.tiered else (0, 0)
     return RunState(
         c=c,
         base=state.score if learned else np.zeros((layers, experts), np.int32),
@@ -955,7 +964,8 @@ def _new_run(m: Machine, policy: Policy, config: EngineConfig, state: Any, spans
         ring=np.zeros(m.max_outstanding, np.int64),
         ring_prefetch=np.zeros((m.prefetch_outstanding, 2), np.int64),
         transfers=np.zeros((max(1, m.prefetch_loads), 9), np.int64),
-        near=np.zeros((layers, experts) if len(m.far_load) else (0, 0), np.int64),
+        near=np.zeros(tiers, np.int64),
+        far_begin=np.zeros(tiers, np.int64),
         queue=np.zeros((max(1, policy.limit * policy.look), 3), np.int64),
         allowed=np.zeros(experts, np.bool_),
         picks=np.zeros(max(0, int(policy.limit)), np.int64),
@@ -1054,6 +1064,8 @@ def simulate(
     check_shape(trace, config)
     if machine.slots < config.top_k:
         raise TimingError(f"slots must be at least top_k ({config.top_k}), not {machine.slots}")
+    if machine.tiered and machine.near < 1:
+        raise TimingError(f"near must be at least 1 where there is a far tier, not {machine.near}")
     _warm_up()
     layers, top_k = config.num_layers, config.top_k
     tokens = trace.num_tokens
@@ -1105,6 +1117,8 @@ def simulate(
     seconds = time.thread_time() - began
     counts = {name: run.counts[:, i].copy() for i, name in enumerate(COUNTS)}
     counts["hidden_cycles"] = np.maximum(counts["link_cycles"] - counts["stall_cycles"], 0)
+    if machine.tiered:
+        counts["hidden_cycles"][:] = 0
     measured = tokens - warm
     total = int(run.c[NOW])
     return TimedResult(

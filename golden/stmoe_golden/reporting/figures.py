@@ -69,7 +69,9 @@ def _hidden(study: Study, row: dict[str, Any]) -> float | None:
     if isinstance(row.get("hidden"), int | float):
         return float(row["hidden"])
     result = study.details.get(row["policy"])
-    return None if result is None else result.total("hidden_cycles") / result.compute_cycles
+    if result is None or result.machine.tiered:
+        return None
+    return result.total("hidden_cycles") / result.compute_cycles
 
 
 # Prediction ----------------------------------------------------------------------------------

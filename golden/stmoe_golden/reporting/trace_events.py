@@ -98,7 +98,7 @@ def trace_events(result: TimedResult, *, microseconds_per_cycle: float = 1.0) ->
         for lane in range(max(1, len(link_ends)))
     ]
     lanes += [(BUFFER, slot, f"slot {slot}") for slot in range(result.machine.slots)]
-    if len(result.machine.far_load):
+    if result.machine.tiered:
         lanes.append((FAR_TIER, 0, "reads"))
     events.sort(key=itemgetter("ts", "pid", "tid"))
     return {
