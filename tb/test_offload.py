@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,38 @@ def test_prefetching_hits_more_than_its_own_buffer_alone():
                 runtime.step(layer, trace.experts[token, layer].tolist(), prefetch)
         rates[prefetch] = runtime.cache.hit_rate
     assert 1 - rates[True] < 0.8 * (1 - rates[False]), rates
+
+
+def ran(trace, config, late=0.0):
+    """A cache that has seen a trace."""
+    runtime = Runtime(ExpertOffload(config=config), 1, late)
+    for token, first in enumerate(trace.starts()):
+        runtime.cache.token(new_sequence=bool(first))
+        for layer in range(4):
+            runtime.step(layer, trace.experts[token, layer].tolist(), prefetch=True)
+    return runtime.cache
+
+
+@pytest.mark.parametrize("late", [0.0, 0.7])
+def test_a_layer_whose_prefetches_turn_out_wrong_asks_for_a_higher_score(late):
+    """The confidence gate, as in the engine: it does away with much where routing cannot be
+    predicted, and with little where it can."""
+    config = EngineConfig(**SHAPE, quota=3, threshold=-200)
+    static = config.replace(adaptive=False)
+    trace = markov_trace(num_tokens=800, **SHAPE, temporal=0.5, skew=0.3, seed=3)
+    draws = np.random.default_rng(1).random((800, 4, 16))
+    chance = replace(trace, experts=np.argsort(draws, axis=2)[:, :, :3].astype(np.uint8))
+    often = {
+        name: ran(of, gate, late).counters["prefetches"]
+        for name, of, gate in (
+            ("chance", chance, config),
+            ("chance, static", chance, static),
+            ("real", trace, config.replace(threshold=-87)),
+            ("real, static", trace, static.replace(threshold=-87)),
+        )
+    }
+    assert often["chance"] < 0.6 * often["chance, static"], often
+    assert 0.9 * often["real, static"] < often["real"] <= often["real, static"], often
 
 
 def test_a_prompt_is_run_in_groups_and_learnt_after():

@@ -3,7 +3,8 @@
 
 :class:`ExpertOffload` is told which experts each token uses, and answers what to load into which
 slot, what that evicts, and what to load ahead. It moves no data itself. The decisions are those of
-:mod:`stmoe_golden.predictor` and :mod:`stmoe_golden.buffer`, the specification of the hardware::
+:mod:`stmoe_golden.predictor`, :mod:`stmoe_golden.buffer` and :mod:`stmoe_golden.confidence`, the
+specification of the hardware::
 
     cache = ExpertOffload(num_layers=16, num_experts=64, top_k=8, slots=272)
     for token in tokens:                        # decoding, one sequence
@@ -28,6 +29,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .buffer import BufferState, Lane, admits, new_buffer, victim
+from .confidence import gate_params, new_gate, note_bad, note_event, note_good, threshold_of
 from .config import FRACTION_BITS, EngineConfig
 from .predictor import Predictor
 
@@ -123,6 +125,8 @@ class ExpertOffload:
         self._owner: list[tuple[int, int] | None] = [None] * self.num_slots
         self._loading: dict[tuple[int, int], Load] = {}
         self._pinned: list[tuple[int, int]] = []
+        self._gate_params = gate_params(config)
+        self._gate = new_gate(config.num_layers)
         self._latest = 0
         self._set = np.zeros(config.num_experts, np.bool_)
         self.counters = {
@@ -162,6 +166,7 @@ class ExpertOffload:
         self._latest = layer
         self._set[:] = False
         self._set[chosen] = True
+        idle = not self._loading
 
         plan = Plan([int(e) for e in chosen], [], [], [])
         missing = []
@@ -170,10 +175,12 @@ class ExpertOffload:
             if state in (Lane.READY, Lane.READY_UNUSED):
                 if state == Lane.READY_UNUSED:
                     self.counters["useful"] += 1
+                    note_good(self._gate_params, self._gate, layer, False)
                 plan.ready.append(key[1])
                 lane[key] = int(Lane.PINNED)
             elif key in self._loading:
                 self.counters["useful"] += 1
+                note_good(self._gate_params, self._gate, layer, True)
                 plan.coming.append(self._loading[key])
                 lane[key] = int(Lane.LOADING_DEMAND)
             else:
@@ -194,6 +201,7 @@ class ExpertOffload:
         ):
             self.counters[name] += count
         if learn:
+            note_event(self._gate_params, self._gate, layer, idle)
             self._predictor.route(layer, chosen)
         return plan
 
@@ -219,6 +227,7 @@ class ExpertOffload:
             )
         del self._loading[key]
         self._remove(key)
+        note_bad(self._gate_params, self._gate, load.layer)
         self.counters["dropped"] += 1
 
     # What it answers ------------------------------------------------------------------------
@@ -227,14 +236,17 @@ class ExpertOffload:
         """Experts worth loading ahead, best first; each is given out once and holds its slot.
 
         They are those of the next layers whose score passes the threshold and is worth more than
-        what they would evict. Nothing of the latest plan is ever evicted for one.
+        what they would evict. Nothing of the latest plan is ever evicted for one. Where the
+        configuration is ``adaptive`` each layer's threshold rises while its prefetches turn out
+        wrong.
         """
-        config = self.config
+        config, gate = self.config, self._gate
         loads = []
         for distance in range(1, config.look + 1):
             layer = (self._latest + distance) % config.num_layers
             allowed = self._buffer.lane[layer] == int(Lane.NONE)
-            picks = self._predictor.select(layer, allowed, config.floors[distance - 1])
+            threshold = threshold_of(self._gate_params, gate, layer, distance)
+            picks = self._predictor.select(layer, allowed, threshold)
             for expert in picks:
                 if len(self._loading) >= config.prefetch_slots:
                     break
@@ -299,6 +311,7 @@ class ExpertOffload:
             evicts = (int(layer), int(expert))
             if self._buffer.lane[evicts] == Lane.READY_UNUSED:
                 self.counters["useless"] += 1
+                note_bad(self._gate_params, self._gate, evicts[0])
             self._remove(evicts)
         slot = self._free.pop()
         self._owner[slot] = key
