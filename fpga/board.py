@@ -60,7 +60,8 @@ class Board:
     capacity : :class:`Capacity`
         Of the device, from its data sheet.
     default_preset : str
-        The largest preset of which the board top fits (``fpga/measured.json``).
+        The largest preset of which the board top fits (``fpga/measured.json``), but for
+        ``slow_presets``.
     clock_hz : int
         Frequency of the design. A PLL makes it from the platform's default clock, so the ratio
         must be one that it can make exactly.
@@ -70,6 +71,8 @@ class Board:
         Resource of the UART to the host; ``rx`` is the pin that the device reads.
     reset : str or None
         Resource of a reset button.
+    slow_presets : tuple of str
+        Presets that fit by count, but that have not been placed and routed within ten minutes.
     """
 
     name: str
@@ -81,12 +84,19 @@ class Board:
     baud: int = 1_000_000
     uart: str = "uart"
     reset: str | None = None
+    slow_presets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.default_preset not in PRESETS:
             raise BoardError(
                 f"{self.name}: default_preset must be one of {', '.join(PRESETS)}, "
                 f"not {self.default_preset!r}"
+            )
+        unknown = set(self.slow_presets) - set(PRESETS)
+        if unknown or self.default_preset in self.slow_presets:
+            raise BoardError(
+                f"{self.name}: slow_presets must be of {', '.join(PRESETS)} but the default, "
+                f"not {', '.join(self.slow_presets)}"
             )
         if not issubclass(self.platform, (LatticePlatform, XilinxPlatform)):
             raise BoardError(

@@ -182,6 +182,12 @@ def _bitstream(options: argparse.Namespace) -> None:
         f"bitstream: {board.title} ({board.part}), preset {name} at {clock_hz / 1e6:g} MHz",
         flush=True,
     )
+    if name in board.slow_presets:
+        print(
+            f"bitstream: {name} fits by count, but has not been placed and routed for "
+            f"{board.name} in ten minutes; {board.default_preset} has",
+            flush=True,
+        )
     try:
         FLOWS[board.family].build(job)
     finally:

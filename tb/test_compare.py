@@ -395,6 +395,7 @@ def test_table_and_systems_are_for_people(call, small):
     assert status == 0 and re.search(r"^ours +[\d.]+", out, re.M) and "best of three forms" in out
     status, out, _ = call("--list-systems")
     assert status == 0 and all(name in out for name in SYSTEMS)
+    assert "\nNAME+BEHIND:N, as in pcie4_x16+nvme:384: " in out
 
 
 def test_policies_timed_at_once_are_the_same(in_repo):

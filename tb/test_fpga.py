@@ -135,6 +135,8 @@ def test_default_preset_is_the_largest_that_was_measured_to_fit(board: Board) ->
             continue
         if name not in use:
             open_.append(name)
+        elif name in board.slow_presets:
+            assert not use[name].excess(board), name
         else:
             assert bool(use[name].excess(board)) == (name != default), name
     if open_:
@@ -204,6 +206,9 @@ def test_board_refuses_a_preset_or_clock_that_there_is_not() -> None:
     board = board_named("ulx3s")
     with pytest.raises(BoardError, match="default_preset must be one of tiny, "):
         dataclasses.replace(board, default_preset="huge")
+    for slow in ("huge", board.default_preset):
+        with pytest.raises(BoardError, match="slow_presets must be of tiny, .* but the default"):
+            dataclasses.replace(board, slow_presets=(slow,))
     with pytest.raises(BoardError, match="makes exactly from 25 MHz, not 33 MHz"):
         dataclasses.replace(board, clock_hz=33_000_000)
 

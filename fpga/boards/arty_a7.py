@@ -14,7 +14,7 @@ BOARDS = (
         capacity=Capacity(
             luts=20_800, registers=41_600, block_rams=50, block_ram_bits=36_864, multipliers=90
         ),
-        default_preset="tiny",
+        default_preset="gpt_oss_20b",
         clock_hz=50_000_000,
         reset="rst",
     ),
@@ -25,7 +25,7 @@ BOARDS = (
         capacity=Capacity(
             luts=63_400, registers=126_800, block_rams=135, block_ram_bits=36_864, multipliers=240
         ),
-        default_preset="tiny",
+        default_preset="olmoe_1b_7b",
         clock_hz=50_000_000,
         reset="rst",
     ),

@@ -13,7 +13,8 @@ BOARDS = (
         capacity=Capacity(
             luts=83_640, registers=83_640, block_rams=208, block_ram_bits=18_432, multipliers=156
         ),
-        default_preset="tiny",
+        default_preset="mixtral_8x7b",
+        slow_presets=("gpt_oss_20b", "olmoe_1b_7b"),
         clock_hz=37_500_000,
     ),
 )

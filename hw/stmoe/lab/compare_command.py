@@ -14,6 +14,12 @@ from stmoe_golden.traces import Trace, TraceError, config_for, load_trace
 __all__ = ["add_compare_arguments", "compare_command", "policy_names"]
 
 
+TWO_TIERS = """\
+NAME+BEHIND:N, as in pcie4_x16+nvme:384: the memory behind the link of NAME holds N experts of all
+layers, and the others are read from BEHIND first.
+"""
+
+
 def add_compare_arguments(
     parser: argparse.ArgumentParser,
     *,
@@ -155,7 +161,7 @@ def compare_command(options: argparse.Namespace, write: Callable[[str], None]) -
     from stmoe_golden.systems import system_named, systems_table
 
     if options.list_systems:
-        write(systems_table() + "\n")
+        write(systems_table() + "\n\n" + TWO_TIERS)
         return
     if options.trace is None:
         raise CommandError("the following arguments are required: TRACE")
