@@ -21,6 +21,7 @@ from stmoe_golden.config import EngineConfig
 
 __all__ = [
     "ABC9_SCRIPT",
+    "BARE_READS",
     "ECP5_OPTIONS",
     "HIDE_FIELDS",
     "NAME",
@@ -37,6 +38,12 @@ NAME = "stmoe"
 HIDE_FIELDS = "rename -hide w:*[[]*"
 """Yosys command. Amaranth names a field of an array ``foo[3]``; abc9 takes that for bit 3 of
 ``foo`` when it puts the mapped logic back, and stops with an assertion of Yosys's."""
+
+BARE_READS = "memory_nordff"
+"""Yosys command, for RTLIL. There a read port has its register in it, and Yosys keeps what a read
+finds that meets a write, whatever the attribute ``no_rw_check`` says: for a block RAM with two
+registers and a multiplexer for each bit. With the register beside the port, as in Verilog, it looks
+at the attribute."""
 
 ABC9_SCRIPT = (
     'scratchpad -set abc9.script "+&scorr; &sweep; &dc2; &st; &sopb -R 20 -C 6; &st; &if -g -K 6; '

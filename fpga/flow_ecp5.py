@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 
-from fpga.flow import ABC9_SCRIPT, ECP5_OPTIONS, HIDE_FIELDS, NAME, Job, first_error
+from fpga.flow import ABC9_SCRIPT, BARE_READS, ECP5_OPTIONS, HIDE_FIELDS, NAME, Job, first_error
 from fpga.tools import Tool, ToolFailed, find, run
 from fpga.use import Use, clocks_of_nextpnr, of_nextpnr, of_yosys
 
@@ -40,7 +40,7 @@ def synthesise(job: Job) -> tuple[Use, list[list[str]]]:
     job.uses(yosys)
     plan = job.plan(
         job.board.platform(),
-        script_after_read=f"{HIDE_FIELDS}\n{ABC9_SCRIPT}",
+        script_after_read=f"{BARE_READS}\n{HIDE_FIELDS}\n{ABC9_SCRIPT}",
         synth_opts=ECP5_OPTIONS,
         script_after_synth=f"tee -q -o {NAME}.stat.json stat -json",
         nextpnr_opts=f"--seed {job.seed} --router router2 --report {NAME}.report.json",

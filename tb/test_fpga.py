@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from amaranth.hdl import Module, Signal
@@ -28,6 +29,7 @@ from fpga.board import Board, BoardError, Capacity, all_boards, board_named
 from fpga.flow import NAME, Job
 from fpga.pll import Ecp5Pll, Series7Pll
 from fpga.use import Use, clocks_of_vivado, of_vivado, of_yosys, slacks_of_vivado
+from stmoe.synthesis import ANY_ON_COLLISION
 from stmoe_golden.config import PRESETS, preset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,12 +67,14 @@ def yowasp(name: str) -> str:
 class SmallTop(wiring.Component):
     """Takes the board top's place: a byte of memory for each count, and some arithmetic."""
 
+    attributes: ClassVar[dict[str, int]] = {}
+
     def __init__(self, config, *, clock_hz: int, baud: int):
         super().__init__({"rx": In(1), "tx": Out(1), "leds": Out(4)})
 
     def elaborate(self, platform):
         m = Module()
-        m.submodules.ram = ram = memory.Memory(shape=16, depth=1024, init=[])
+        m.submodules.ram = ram = memory.Memory(shape=16, depth=1024, init=[], attrs=self.attributes)
         write, read = ram.write_port(), ram.read_port()
         count, total = Signal(48), Signal(48)
         m.d.sync += [count.eq(count + 1), total.eq(total + (count ^ read.data))]
@@ -564,6 +568,19 @@ def test_ulx3s_ends_in_a_bitstream_with_pips_tools_alone(
     project = small / "ulx3s" / "project"
     use = of_yosys(project / f"{NAME}.stat.json", board_named("ulx3s"))
     assert use.luts == luts_of_nextpnr(project)
+
+
+def test_a_memory_that_may_collide_needs_no_registers_of_its_own(tmp_path: Path) -> None:
+    """Else Yosys makes what is read the old word where a write meets it, in logic for an ECP5."""
+    yowasp("yosys")
+    board, registers = board_named("ulx3s"), []
+    for attributes in ({}, ANY_ON_COLLISION):
+        top = type("Top", (SmallTop,), {"attributes": attributes})
+        job = Job(board, "tiny", preset("tiny"), board.clock_hz, 1, tmp_path / "out", top)
+        use, _ = build.FLOWS["ecp5"].synthesise(job)
+        assert use.block_rams == 1
+        registers.append(use.registers)
+    assert registers[0] >= registers[1] + 16, registers
 
 
 def test_ulx3s_makes_no_bitstream_where_timing_fails(
