@@ -147,7 +147,7 @@ def test_replay_refuses_options_that_are_not_allowed(options, message, trace, ca
         ),
         (
             ["trace"],
-            "a command is needed: info, convert, slice, validate or capture "
+            "a command is needed: info, convert, slice, resample, validate or capture "
             "(see stmoe trace --help)",
         ),
         (["replay"], "the following arguments are required: TRACE"),
