@@ -17,10 +17,10 @@ from stmoe_golden.machine import machine_for_ratio
 from stmoe_golden.policies.belady import Belady
 from stmoe_golden.policies.lru import Lru
 from stmoe_golden.policies.ours import Ours
-from stmoe_golden.timing import simulate
+from stmoe_golden.timing import TimedResult, simulate
 from stmoe_golden.traces import Trace, config_for, load_trace
 
-__all__ = ["figures", "shuffled"]
+__all__ = ["BYTES", "GAPS", "closed", "figures", "shuffled"]
 
 COMMAND = "make bench BENCH_ARGS=compare"
 RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -44,6 +44,11 @@ def shuffled(trace: Trace, how: str, seed: int = 1) -> Trace:
     else:
         raise ValueError(f"how must be uniform, tokens or layers, not {how!r}")
     return replace(trace, experts=np.ascontiguousarray(experts))
+
+
+def closed(ours: TimedResult, lru: TimedResult, oracle: TimedResult) -> tuple[float, float]:
+    """Share of the gap from LRU to the oracle that is closed, and bytes over LRU's."""
+    return (lru.time - ours.time) / (lru.time - oracle.time), ours.loads / lru.loads
 
 
 def _worst(trace: Trace, quotas: tuple[int, ...], ratios: tuple[float, ...]) -> tuple[float, str]:
@@ -101,8 +106,7 @@ def figures() -> Iterator[tuple[str, str, str, bool | None, str]]:
                     policies=["ours", "lru", "oracle"],
                 )
                 ours, lru, oracle = (row.result for row in rows.rows)
-                gap = (lru.time - ours.time) / (lru.time - oracle.time)
-                loads = ours.loads / lru.loads
+                gap, loads = closed(ours, lru, oracle)
                 yield figure(
                     f"gap from LRU to the oracle closed, gpt_oss_20b, quota {quota}, r = {ratio:g}",
                     f"{gap:.1%} ({lru.time:.3f} to {ours.time:.3f}, oracle {oracle.time:.3f}) "

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
-from bench_compare import BYTES, GAPS
+from bench_compare import BYTES, GAPS, closed
 from simulation import GPT_OSS
 from stmoe_golden.compare import compare
 from stmoe_golden.config import EngineConfig, preset
@@ -25,20 +23,17 @@ __all__ = ["Half", "figures", "halves"]
 
 COMMAND = "make bench BENCH_ARGS=holdout"
 QUOTAS = (8, 4)
-THRESHOLDS = range(-70, -104, -3)
+THRESHOLDS = range(-103, -69, 3)
 KEPT_BACK = 0.01
 """The rule: the lowest threshold that keeps the bytes of all six points below the limit by this
 share of it, which is about what two such halves differ by. (The lower the threshold, the shorter
 the time.)"""
 
-Point = tuple[float, float]
-"""Share of the gap from LRU to the oracle that is closed, and bytes over LRU's."""
-
 
 def halves(trace: Trace) -> tuple[Trace, Trace]:
     """Every other sequence, and those between."""
     even = trace.sequence % 2 == 0
-    return trace.take(np.nonzero(even)[0]), trace.take(np.nonzero(~even)[0])
+    return trace.take(even), trace.take(~even)
 
 
 class Half:
@@ -58,24 +53,22 @@ class Half:
                 ).rows
                 self.bounds[quota, ratio] = [row.result for row in rows]
 
-    def points(self, threshold: int) -> dict[tuple[int, float], Point]:
-        """What a threshold gives at each quota and load ratio."""
+    def points(self, threshold: int) -> dict[tuple[int, float], tuple[float, float]]:
+        """What :func:`bench_compare.closed` says of a threshold, by quota and load ratio."""
         found = {}
         for (quota, ratio), (lru, oracle) in self.bounds.items():
             config = self.config.replace(quota=quota, threshold=threshold)
             ours = simulate(self.trace, config, machine_for_ratio(config, ratio), Ours(config))
-            gap = (lru.time - ours.time) / (lru.time - oracle.time)
-            found[quota, ratio] = gap, ours.loads / lru.loads
+            found[quota, ratio] = closed(ours, lru, oracle)
         return found
 
     def chosen(self) -> int | None:
         """The threshold that the rule picks."""
-        picked = None
         for threshold in THRESHOLDS:
             points = self.points(threshold)
             if all(b <= (1 - KEPT_BACK) * BYTES[r] for (_, r), (_, b) in points.items()):
-                picked = threshold
-        return picked
+                return threshold
+        return None
 
 
 def figures() -> Iterator[tuple[str, str, str, bool | None, str]]:

@@ -21,7 +21,7 @@ from .machine import Machine, TimingError, machine_for_ratio
 from .policies.base import Policy
 from .policies.lru import LRU_FORMS
 from .policies.registry import POLICIES, PolicyError
-from .systems import Tiers, expert_bytes_of, load_ratio_of, machine_for_system, system_named
+from .systems import expert_bytes_of, load_ratio_of, machine_for_system, system_named
 from .timing import TimedResult, simulate
 from .traces import Trace
 
@@ -72,7 +72,7 @@ class Row:
             "needed": r.needed,
             "skipped": r.total("skipped"),
             "stall_share": stall / r.cycles,
-            "hidden": None if r.machine.tiered else r.total("hidden_cycles") / r.compute_cycles,
+            "hidden": r.hidden,
             "link_busy": r.link_cycles / r.cycles,
             "mean": mean_cycles / compute,
             "energy": dict(self.energy),
@@ -225,7 +225,7 @@ def compare(
         else:
             machine = machine_for_ratio(config, load_ratio)
     ratio = load_ratio_of(machine, config.top_k) if system is not None else load_ratio
-    tiers: Tiers | None = system_named(system) if system is not None else None
+    tier, far = system_named(system).kinds if system is not None else ("dram", None)
     tell = progress or (lambda name: None)
 
     def time_policy(
@@ -278,8 +278,8 @@ def compare(
             result,
             config,
             expert_bytes=float(sizes.mean()),
-            tier=tiers.near.tier if tiers is not None else "dram",
-            far=tiers.far.tier if tiers is not None and tiers.far is not None else None,
+            tier=tier,
+            far=far,
             picojoules=picojoules,
             tables=cls is POLICIES["ours"],
         )

@@ -114,6 +114,12 @@ class Tiers:
     """Experts that the near tier then holds."""
 
     @property
+    def kinds(self) -> tuple[str, str | None]:
+        """What a load costs in the near and in the far tier: keys of
+        :data:`stmoe_golden.energy.ENERGY`."""
+        return self.near.tier, self.far.tier if self.far is not None else None
+
+    @property
     def source(self) -> str:
         """Of both."""
         if self.far is None:

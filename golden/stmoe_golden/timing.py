@@ -912,7 +912,7 @@ class TimedResult:
     """int64 [measured tokens]: cycles from one token's end to the next one's."""
     per_layer: dict[str, np.ndarray]
     """int64 [L] for each of :data:`COUNTS`, and ``hidden_cycles``: link cycles behind compute, at
-    least (0 where there is a far tier: the link may rest while the accelerator waits for that)."""
+    least."""
     needed: int
     """Experts that the measured tokens use, those that adaptive gating skips included."""
     link_cycles: int
@@ -934,6 +934,14 @@ class TimedResult:
     def time(self) -> float:
         """Time relative to pure compute."""
         return self.cycles / self.compute_cycles
+
+    @property
+    def hidden(self) -> float | None:
+        """Link time behind compute, relative to pure compute. Not known where there is a far tier:
+        the link may rest while the accelerator waits for that."""
+        if self.machine.tiered:
+            return None
+        return self.total("hidden_cycles") / self.compute_cycles
 
     def total(self, name: str) -> int:
         """A count, of all layers."""
@@ -1117,8 +1125,6 @@ def simulate(
     seconds = time.thread_time() - began
     counts = {name: run.counts[:, i].copy() for i, name in enumerate(COUNTS)}
     counts["hidden_cycles"] = np.maximum(counts["link_cycles"] - counts["stall_cycles"], 0)
-    if machine.tiered:
-        counts["hidden_cycles"][:] = 0
     measured = tokens - warm
     total = int(run.c[NOW])
     return TimedResult(

@@ -69,9 +69,7 @@ def _hidden(study: Study, row: dict[str, Any]) -> float | None:
     if isinstance(row.get("hidden"), int | float):
         return float(row["hidden"])
     result = study.details.get(row["policy"])
-    if result is None or result.machine.tiered:
-        return None
-    return result.total("hidden_cycles") / result.compute_cycles
+    return None if result is None else result.hidden
 
 
 # Prediction ----------------------------------------------------------------------------------
