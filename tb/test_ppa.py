@@ -47,20 +47,34 @@ def test_committed_rows_have_exactly_their_keys():
         seen.add(ppa._key(row))
 
 
-# Seed 1 reaches 93 MHz, the others nothing that is aimed at.
+# Of folder 1, seeds end at 93, 93, 98 and nowhere (93.4 without an aim); the others nowhere. Of
+# folder 2 the placer expects 75 MHz.
 ROUTES_FOR_EVER = """#!/bin/sh
 case "$*" in
 *--version*) echo 'nextpnr-ecp5 -- version 1'; exit ;;
 esac
 echo "$*" >>calls
-case "$*" in
-*"--seed "[234]" "*--tmg-ripup | *"--freq 98 "*)
+case "$PWD" in
+*2) echo "Info: Max frequency for clock 'clk': 75.00 MHz (FAIL at 100.00 MHz)" ;;
+*) echo "Info: Max frequency for clock 'clk': 99.00 MHz (FAIL at 100.00 MHz)" ;;
+esac
+case "$PWD $*" in
+*"--seed 1 "*"--freq 98 "* | *"--freq 102 "* | *"--seed "[2456]" "*--tmg-ripup)
    while echo 'Info:     iter=1 overused=0 tmgfail=3'; do :; done ;;
 *) while [ "$1" != --report ]; do shift; done
    echo 'Info:     iter=1 overused=0 tmgfail=0'
+   echo "Info: Max frequency for clock 'clk': 93.40 MHz (FAIL at 100.00 MHz)"
    echo '{"fmax": {"clk": {"achieved": 93.4, "constraint": 93}}}' >"$2" ;;
 esac
 """
+
+
+def _tries(folder):
+    found = []
+    for call in (folder / "calls").read_text().splitlines():
+        seed, aim, rips = re.search(r"--seed (.) .*--freq (\d+)( --tmg-ripup)?$", call).groups()
+        found.append((int(seed), int(aim), bool(rips)))
+    return found
 
 
 def test_a_seed_is_routed_for_what_it_reaches(tmp_path, monkeypatch, capsys):
@@ -68,27 +82,39 @@ def test_a_seed_is_routed_for_what_it_reaches(tmp_path, monkeypatch, capsys):
     program.write_text(ROUTES_FOR_EVER)
     program.chmod(0o755)
     monkeypatch.setattr(ppa, "_tool", lambda name: Tool(name, str(program), "PATH"))
-    monkeypatch.setattr(ppa, "AIMS_MHZ", (98, 93))
-    assert ppa._fmax(tmp_path, (1, 2, 3, 4), "x") == 93.4
-    calls = (tmp_path / "calls").read_text().splitlines()
-    found = [re.search(r"--seed (.) .*--freq (\d+)( --tmg-ripup)?$", call) for call in calls]
-    assert [a and (int(a[1]), int(a[2]), bool(a[3])) for a in found] == [
-        (1, 98, True), (1, 93, True), (2, 98, True), (2, 93, True), (2, 100, False),
-        # 98 MHz was out of reach twice; once 93 is too, it is not tried either.
-        (3, 93, True), (3, 100, False), (4, 100, False),
+    monkeypatch.setattr(ppa, "AIMS_MHZ", (102, 98, 93))
+    folder = tmp_path / "1"
+    folder.mkdir()
+    assert ppa._fmax(folder, (1, 3, 4, 5), "x") == 93.4
+    tries = _tries(folder)
+    assert tries == [
+        (1, 102, True), (1, 98, True), (1, 93, True),
+        # From one aim above that of the seed before; without an aim once one has ended so.
+        (3, 98, True), (4, 102, True), (4, 98, True), (4, 93, True), (4, 100, False),
+        (5, 100, False),
     ]  # fmt: skip
     said = capsys.readouterr().err
-    assert "x: seed 1 is not at 98 MHz after 120 turns of the router\n" in said
-    assert "x: seed 1 is not at 93" not in said
-    assert "x: seed 3 is not tried at 98 MHz, which 2 have not reached\n" in said
-    assert "x: seed 2 is not at 93 MHz after 120 turns of the router\n" in said
+    assert "x: seed 1 is not at 98 MHz after 80 turns of the router\n" in said
+    assert "x: seed 1 is not at 93" not in said and "as it is placed" not in said
     # What was measured is not measured again, and an interrupted seed goes on with its next aim.
-    assert ppa._fmax(tmp_path, (1, 2, 3, 4), "x") == 93.4
-    assert len((tmp_path / "calls").read_text().splitlines()) == len(calls)
-    next(tmp_path.glob("*-2.report.json")).unlink()
-    assert ppa._fmax(tmp_path, (1, 2, 3, 4), "x") == 93.4
-    (again,) = (tmp_path / "calls").read_text().splitlines()[len(calls) :]
-    assert "--seed 2 " in again and "--freq 100" in again and "--tmg-ripup" not in again
+    assert ppa._fmax(folder, (1, 3, 4, 5), "x") == 93.4
+    assert _tries(folder) == tries
+    next(folder.glob("*-4-for-any.report.json")).unlink()
+    assert ppa._fmax(folder, (1, 3, 4, 5), "x") == 93.4
+    assert _tries(folder) == [*tries, (4, 100, False)]
+
+
+def test_an_aim_far_over_the_placers_estimate_is_not_routed(tmp_path, monkeypatch, capsys):
+    program = tmp_path / "nextpnr"
+    program.write_text(ROUTES_FOR_EVER)
+    program.chmod(0o755)
+    monkeypatch.setattr(ppa, "_tool", lambda name: Tool(name, str(program), "PATH"))
+    monkeypatch.setattr(ppa, "AIMS_MHZ", (102, 98, 97))
+    folder = tmp_path / "2"
+    folder.mkdir()
+    assert ppa._fmax(folder, (3,), "x") == 93.4
+    assert _tries(folder) == [(3, 102, True), (3, 97, True)]
+    assert "x: seed 3 as it is placed does not reach 98 MHz\n" in capsys.readouterr().err
 
 
 def test_a_tool_that_fails_is_named(tmp_path, monkeypatch):
@@ -97,7 +123,7 @@ def test_a_tool_that_fails_is_named(tmp_path, monkeypatch):
     program.chmod(0o755)
     tool = Tool("nextpnr-ecp5", str(program), "PATH")
     with pytest.raises(ToolFailed, match="nextpnr-ecp5 failed in .*: ERROR: no such cell"):
-        ppa._run(tool, [], tmp_path, tmp_path / "log", turns=5)
+        ppa._run(tool, [], tmp_path, tmp_path / "log", ppa._Watch(100))
 
 
 def test_tables_over_the_block_ram_do_not_fit(tmp_path, capsys):

@@ -8,7 +8,7 @@ from amaranth.lib import data, memory, wiring
 from amaranth.lib.wiring import In, Out
 
 from .learner import DELTA_BITS, RowUpdate
-from .synthesis import ANY_ON_COLLISION
+from .synthesis import ANY_ON_COLLISION, IN_BLOCK_RAM
 
 __all__ = ["CorrelationTable"]
 
@@ -83,7 +83,7 @@ class CorrelationTable(wiring.Component):
             init=[],
             # A wide row goes to block RAM even if there are few: the address of LUT RAM goes to
             # every bit.
-            attrs=ANY_ON_COLLISION | ({"ram_style": "block"} if wide else {}),
+            attrs=ANY_ON_COLLISION | (IN_BLOCK_RAM if wide else {}),
         )
         read, write = ram.read_port(), ram.write_port()
 

@@ -10,7 +10,7 @@ from amaranth.lib.wiring import In, Out
 
 from stmoe_golden.config import EngineConfig
 
-from .synthesis import ANY_ON_COLLISION
+from .synthesis import ANY_ON_COLLISION, BLOCK_RAM_FROM, IN_BLOCK_RAM
 
 __all__ = ["ExpertMap", "LaneState", "lane_bits", "pin_bits", "slot_info_layout"]
 
@@ -168,8 +168,13 @@ class ExpertMap(wiring.Component):
             place_write.en.eq(self.place_write),
         ]
 
+        # A place is the address of the next read: from block RAM, that is too late for LUT RAM.
+        late = places.depth >= BLOCK_RAM_FROM
         m.submodules.infos = infos = Memory(
-            shape=slot_info_layout(c), depth=c.num_slots, init=[], attrs=ANY_ON_COLLISION
+            shape=slot_info_layout(c),
+            depth=c.num_slots,
+            init=[],
+            attrs=ANY_ON_COLLISION | (IN_BLOCK_RAM if late else {}),
         )
         info_write = infos.write_port()
         info_read = infos.read_port()

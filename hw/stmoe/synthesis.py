@@ -7,7 +7,9 @@ from amaranth.hdl import Cat, Module, Signal, Value
 
 __all__ = [
     "ANY_ON_COLLISION",
+    "BLOCK_RAM_FROM",
     "GROUPS",
+    "IN_BLOCK_RAM",
     "group_copies",
     "group_enables",
     "group_of",
@@ -18,6 +20,12 @@ ANY_ON_COLLISION = {"no_rw_check": 1}
 """Attributes of a memory of which nothing is used that was read in the cycle of a write to the same
 word: Yosys need not add registers, comparators and multiplexers to make that the old word.
 ``tb/test_collisions.py`` has such reads give rubbish."""
+
+IN_BLOCK_RAM = {"ram_style": "block"}
+"""Attributes of a memory that Yosys and Vivado put in block RAM, however small it is."""
+
+BLOCK_RAM_FROM = 256
+"""Words from which Yosys puts a memory of some bits a word in ECP5's block RAM by itself."""
 
 GROUPS = 4
 """Groups of lanes that have a :func:`group_register` each; there are no more kinds of them."""
