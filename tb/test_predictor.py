@@ -63,7 +63,7 @@ CONFIGS = {
     "blind": EngineConfig(num_layers=3, num_experts=4, spatial_depth=0, lookahead=0, quota=1),
     # Several layers ahead: fewer spatial tables than that, none, and with folds.
     "ahead": EngineConfig(num_layers=5, num_experts=8, spatial_depth=1, lookahead=3, quota=1),
-    "ahead_of_none": EngineConfig(num_layers=3, num_experts=5, spatial_depth=0, lookahead=4),
+    "ahead_of_none": EngineConfig(num_layers=5, num_experts=5, spatial_depth=0, lookahead=4),
     "ahead_folds": EngineConfig(
         num_layers=6, num_experts=9, top_k=3, lanes=3, spatial_depth=2, lookahead=4, select_max=2
     ),
@@ -440,7 +440,10 @@ class TB:
                 steps = sum(max(1, a - b) for a, b in zip(gains, (*gains[1:], 0), strict=True))
                 corrected = taken + folds * (steps + c.top_k) + (3 if folds == 1 else 5)
                 settle = max(4 - folds if c.depth else 0, 6 - (ahead + 1) * folds, 1)
-                wanted = steps + max(4, 6 - ahead) if folds == 1 else folds * steps + 2 + settle
+                if folds == 1:
+                    wanted = steps + max(4 if c.depth else 0, 6 - ahead)
+                else:
+                    wanted = folds * steps + 2 + settle
                 self.note("route to commit request", request, wanted)
                 wanted = ahead + 3 if folds == 1 else (ahead + 1) * folds + 4
                 self.note("grant to commit_done", done, wanted)

@@ -5,7 +5,7 @@ from amaranth_boards.arty_a7 import ArtyA7_35Platform, ArtyA7_100Platform
 
 from fpga.board import Board, Capacity
 
-# The presets are the smallest until `python -m fpga.build measure` has shown what fits.
+# The default presets are the largest that fit by Yosys's count: `python -m fpga.build measure`.
 BOARDS = (
     Board(
         name="arty_a7",

@@ -166,16 +166,16 @@ class Predictor(wiring.Component):
     pass to the score rows, one layer a cycle, nearest first; the first of them is selected from
     while the others are written.
 
-    With T steps of the gain schedule (K + 2 when ordered, K + 3 when not, for K of 4 or more) and
-    A = max(D, lookahead), a route asks for the commit T + 4 cycles after it was taken (T + 6 - A
-    where A < 2), a token in the cycle after. ``commit_done`` comes A + 3 cycles after the grant of
-    a route, L + 4 after that of a new sequence and 2 + max(1, lookahead) after that of another
-    token. The first pick is offered 5 + ceil(log2(E)) cycles after the grant of a route or token,
-    two later after that of a new sequence, but not before the cycle after ``commit_done`` or before
-    the rows are corrected (which is later only where K > 5 + ceil(log2(E))); the others follow
-    every second cycle. With a lookahead of several layers their rows are kept as the commit writes
-    them, and go through the selector one layer after the other: the first pick of the next comes
-    4 + ceil(log2(E)) cycles after the last of the one before.
+    With T steps of the gain schedule (K + 2 when ordered, K + 3 when not, for K of 4 or more) and A
+    = max(D, lookahead), a route asks for the commit T + 4 cycles after it was taken (T + 6 - A
+    where A < 2 or D = 0), a token in the cycle after. ``commit_done`` comes A + 3 cycles after the
+    grant of a route, L + 4 after that of a new sequence and 2 + max(1, lookahead) after that of
+    another token. The first pick is offered 5 + ceil(log2(E)) cycles after the grant of a route or
+    token, two later after that of a new sequence, but not before the cycle after ``commit_done`` or
+    before the rows are corrected (which is later only where K > 5 + ceil(log2(E))); the others
+    follow every second cycle. With a lookahead of several layers their rows are kept as the commit
+    writes them, and go through the selector one layer after the other: the first pick of the next
+    comes 4 + ceil(log2(E)) cycles after the last of the one before.
 
     Where ``config.folds`` is more than one, F, everything is as wide as a fold and each pass goes
     over the folds one after the other. What is kept between: deltas and sums of all folds, in

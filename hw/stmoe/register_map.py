@@ -741,8 +741,10 @@ def markdown(config: EngineConfig) -> str:
         f"This is the map for {origin}: {config.num_layers} layers of {config.num_experts} "
         f"experts, top-{config.top_k}, {config.num_slots} slots. In other configurations every "
         "register has the same offset; what differs is how many elements the arrays of layers "
-        "have, the capabilities, and the reset values of THRESHOLD and QUOTA. Addresses have "
-        f"{addr_width(config)} bits.",
+        "have, the capabilities, the kinds in PREDICTORS, and the reset values of CONTROL, "
+        "THRESHOLD and QUOTA. With a lookahead of 2 to 4 there are also THRESHOLD_2 (0x050) to "
+        "THRESHOLD_4 (0x058), as many as it needs, which belong to the same commit. Addresses "
+        f"have {addr_width(config)} bits.",
         "",
         "The port is AXI4-Lite, 32 bits wide. The two lowest address bits are ignored. "
         "Unknown addresses, writes to registers that are RO and reads of registers that are WO "

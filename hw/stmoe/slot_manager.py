@@ -91,7 +91,7 @@ class SlotManager(wiring.Component):
     victim search belongs to the operation that began it.
 
     Latency, in cycles from the one in which ``route`` is taken: a resident expert's grant is valid
-    3 later; the load of the first missing expert is handed to the DMA scheduler 1 later when a
+    4 later; the load of the first missing expert is handed to the DMA scheduler 1 later when a
     slot is free, 8 + ceil(log2(E)) later when a victim is to be chosen (with F folds, more than
     one, 7 + 2F + ceil(log2(num_lanes))).
 
