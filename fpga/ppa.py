@@ -12,7 +12,8 @@ does not fit the part: where the tables alone are larger than the part's block R
 is their size, and nothing was synthesised.
 
 What was measured for the same Verilog by the same tools is kept under ``build/ppa`` and not
-measured again, so an interrupted run goes on where it stopped.
+measured again, so an interrupted run goes on where it stopped. ``--table`` prints the rows as
+docs/results.md has them.
 """
 
 from __future__ import annotations
@@ -208,6 +209,7 @@ def _fmax(folder: Path, seeds: Sequence[int], label: str) -> float:
     for seed in seeds:
         report, reached = _route(nextpnr, folder, seed, first, made, label)
         found.append(min(clock.achieved for clock in clocks_of_nextpnr(report)))
+        _say(f"{label}: seed {seed} reaches {found[-1]:.1f} MHz")
         first = reached if reached == len(AIMS_MHZ) else max(reached - 1, 0)
     return round(statistics.median(found), 1)
 
@@ -254,14 +256,35 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     new.replace(path)
 
 
-def _markdown(rows: list[dict[str, Any]]) -> str:
-    def cell(value: Any) -> str:
-        return "" if value is None else f"{value:,}" if isinstance(value, (int, float)) else value
+def _markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of docs/results.md: a line for each preset and D, the parts side by side."""
 
-    lines = ["| preset | D | part | LUTs | registers | block RAM bits | Fmax, MHz | |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
-    for row in rows:
-        lines.append("| " + " | ".join(cell(row.get(k)) for k in (*KEYS, "note")) + " |")
+    def cells(row: dict[str, Any], *names: str) -> list[str]:
+        found = []
+        for name in names:
+            value = row.get(name)
+            found.append("" if value is None else f"{value:,}")
+            if name == "luts" and value is None:
+                found[-1] = "tables alone are too large"
+            elif name == "bram_bits" and row.get("luts") is not None and "note" in row:
+                found[-1] += " (does not fit)"
+        return found
+
+    parts = [board_named(name).part for name in BOARDS]
+    area = ("luts", "registers", "bram_bits")
+    by_key = {_key(row): row for row in rows}
+    lines = [
+        "| preset | D | ECP5-85F-6: LUTs | registers | block RAM bits | Fmax, MHz "
+        "| XC7A100T: LUTs | registers | block RAM bits |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in PRESETS:
+        for depth in DEPTHS:
+            ecp5, artix = (by_key.get((name, depth, part)) for part in parts)
+            line = [name, str(depth)]
+            line += cells(ecp5, *area, "fmax_mhz") if ecp5 else ["not measured", "", "", ""]
+            line += cells(artix, *area) if artix else ["not measured", "", ""]
+            lines.append(f"| {' | '.join(line)} |")
     return "\n".join(lines)
 
 
@@ -292,6 +315,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--board", action="append", help=f"of {', '.join(BOARDS)}; all of them")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of place and route: 0 to 5")
     parser.add_argument("--out", type=Path, default=FIGURES, help="the rows (docs/ppa.json)")
+    parser.add_argument("--table", action="store_true", help="print the rows, and measure nothing")
     parser.add_argument("--check", metavar="PRESET", help="compare its area with the file, D = 1")
     return parser
 
@@ -321,6 +345,10 @@ def _main(arguments: Sequence[str]) -> int:
         if not wrong:
             print(f"ppa: {options.check} is within 10 % of {options.out.name}")
         return FAILED if wrong else 0
+
+    if options.table:
+        print(_markdown(_committed(options.out)))
+        return 0
 
     order = [(n, d, board_named(b).part) for n in PRESETS for d in DEPTHS for b in BOARDS]
     for name in names:

@@ -13,7 +13,7 @@ from fpga import ppa
 from fpga.tools import Tool, ToolFailed, find
 from stmoe.expert_map import ExpertMap
 from stmoe.verilog_writer import convert
-from stmoe_golden.config import preset
+from stmoe_golden.config import PRESETS, preset
 
 ROWS = json.loads(ppa.FIGURES.read_text())
 TINY = next(r for r in ROWS if (r["preset"], r["D"]) == ("tiny", 1) and r["fmax_mhz"])
@@ -71,6 +71,27 @@ def test_committed_rows_have_exactly_their_keys():
         seen.add(ppa._key(row))
 
 
+def test_the_results_have_the_table(capsys):
+    assert ppa.main(["--table"]) == 0
+    table = capsys.readouterr().out
+    assert len(table.splitlines()) == 2 + len(PRESETS) * len(ppa.DEPTHS)
+    assert table in (ppa.ROOT / "docs" / "results.md").read_text(), "python -m fpga.ppa --table"
+
+
+def test_the_table_tells_what_does_not_fit_from_what_is_not_measured():
+    def lines(*rows):
+        return ppa._markdown([{**TINY, "preset": "gpt_oss_20b", **row} for row in rows])
+
+    part = {"part": "xc7a100ticsg324-1L", "fmax_mhz": None}
+    assert "| gpt_oss_20b | 2 | not measured |  |  |  | not measured |  |  |" in lines({})
+    large = {"luts": None, "registers": None, "bram_bits": 9_000_000, "note": "does not fit: x"}
+    assert "| tables alone are too large |  | 9,000,000 |  | not measured |" in lines(
+        {**large, "fmax_mhz": None}
+    )
+    over = lines({}, {**part, "luts": 1234, "registers": 5, "bram_bits": 6, "note": "does not fit"})
+    assert f"| {TINY['fmax_mhz']} | 1,234 | 5 | 6 (does not fit) |" in over
+
+
 # Of folder 1, seeds end at 93, 93, 98 and nowhere (93.4 without an aim); the others nowhere. Of
 # folder 2 the placer expects 75 MHz.
 ROUTES_FOR_EVER = """#!/bin/sh
@@ -119,6 +140,7 @@ def test_a_seed_is_routed_for_what_it_reaches(tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     said = capsys.readouterr().err
     assert "x: seed 1 is not at 98 MHz after 80 turns of the router\n" in said
+    assert "x: seed 3 reaches 93.4 MHz\n" in said
     assert "x: seed 1 is not at 93" not in said and "as it is placed" not in said
     # What was measured is not measured again, and an interrupted seed goes on with its next aim.
     assert ppa._fmax(folder, (1, 3, 4, 5), "x") == 93.4
@@ -160,7 +182,7 @@ def test_tables_over_the_block_ram_do_not_fit(tmp_path, capsys):
         "does not fit: its tables alone are 25,165,824 bits, 6.6 times the 3,833,856 of block RAM"
     )
     assert row["bram_bits"] == 25_165_824 and row["luts"] is None
-    assert "does not fit" in capsys.readouterr().out
+    assert "| qwen3_30b_a3b | 3 | tables alone are too large |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
