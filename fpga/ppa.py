@@ -331,6 +331,11 @@ def _main(arguments: Sequence[str]) -> int:
             raise BadInput(f"--depth must be 1, 2 or 3, not {depth}")
     if not 0 <= options.seeds <= len(SEEDS):
         raise BadInput(f"--seeds must be 0 to {len(SEEDS)}, not {options.seeds}")
+    if 0 < options.seeds < len(SEEDS) and options.out.resolve() == FIGURES:
+        raise BadInput(
+            f"--seeds {options.seeds} needs --out FILE: docs/{FIGURES.name} holds medians of "
+            f"{len(SEEDS)} (0 measures area alone)"
+        )
     for name in options.board or ():
         if name not in BOARDS:
             raise BadInput(f"--board must be one of {', '.join(BOARDS)}, not {name!r}")

@@ -191,6 +191,7 @@ def test_tables_over_the_block_ram_do_not_fit(tmp_path, capsys):
         (["--preset", "huge"], "ppa: unknown preset 'huge'; presets are tiny, "),
         (["--check", "huge"], "ppa: unknown preset 'huge'; presets are tiny, "),
         (["--depth", "4"], "ppa: --depth must be 1, 2 or 3, not 4"),
+        (["--seeds", "1"], "ppa: --seeds 1 needs --out FILE: docs/ppa.json holds medians of 5 (0 "),
         (["--seeds", "6"], "ppa: --seeds must be 0 to 5, not 6"),
         (["--board", "icestick"], "ppa: --board must be one of ulx3s, arty_a7_100t, not 'ices"),
         (["--nothing"], "ppa: unrecognized arguments: --nothing"),
