@@ -114,6 +114,18 @@ esac
 """
 
 
+def _folder(name, aims, tmp_path, monkeypatch):
+    """A design's folder, in which the script above stands in for nextpnr."""
+    program = tmp_path / "nextpnr"
+    program.write_text(ROUTES_FOR_EVER)
+    program.chmod(0o755)
+    monkeypatch.setattr(ppa, "_tool", lambda name: Tool(name, str(program), "PATH"))
+    monkeypatch.setattr(ppa, "AIMS_MHZ", aims)
+    folder = tmp_path / name
+    folder.mkdir()
+    return folder
+
+
 def _tries(folder):
     found = []
     for call in (folder / "calls").read_text().splitlines():
@@ -123,13 +135,7 @@ def _tries(folder):
 
 
 def test_a_seed_is_routed_for_what_it_reaches(tmp_path, monkeypatch, capsys):
-    program = tmp_path / "nextpnr"
-    program.write_text(ROUTES_FOR_EVER)
-    program.chmod(0o755)
-    monkeypatch.setattr(ppa, "_tool", lambda name: Tool(name, str(program), "PATH"))
-    monkeypatch.setattr(ppa, "AIMS_MHZ", (102, 98, 93))
-    folder = tmp_path / "1"
-    folder.mkdir()
+    folder = _folder("1", (102, 98, 93), tmp_path, monkeypatch)
     assert ppa._fmax(folder, (1, 3, 4, 5), "x") == 93.4
     tries = _tries(folder)
     assert tries == [
@@ -151,13 +157,7 @@ def test_a_seed_is_routed_for_what_it_reaches(tmp_path, monkeypatch, capsys):
 
 
 def test_an_aim_far_over_the_placers_estimate_is_not_routed(tmp_path, monkeypatch, capsys):
-    program = tmp_path / "nextpnr"
-    program.write_text(ROUTES_FOR_EVER)
-    program.chmod(0o755)
-    monkeypatch.setattr(ppa, "_tool", lambda name: Tool(name, str(program), "PATH"))
-    monkeypatch.setattr(ppa, "AIMS_MHZ", (102, 98, 97))
-    folder = tmp_path / "2"
-    folder.mkdir()
+    folder = _folder("2", (102, 98, 97), tmp_path, monkeypatch)
     assert ppa._fmax(folder, (3,), "x") == 93.4
     assert _tries(folder) == [(3, 102, True), (3, 97, True)]
     assert "x: seed 3 as it is placed does not reach 98 MHz\n" in capsys.readouterr().err
