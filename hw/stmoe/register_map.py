@@ -761,8 +761,8 @@ def markdown(config: EngineConfig) -> str:
         "| W1 | writing 1 triggers an action; reads 0 |",
         "",
         "To configure: write CONTROL, THRESHOLD (and those of farther layers, where there are "
-        "any), PREDICTORS, QUOTA and SEGMENT_*, as far as they change, write 1 to COMMIT, read STATUS. commit_refused: the set was illegal and nothing "
-        "has changed. Else commit_pending falls when the engine has taken over all of it, in one "
+        "any), PREDICTORS, QUOTA and SEGMENT_*, as far as they change, write 1 to COMMIT, read "
+        "STATUS. commit_refused: the set was illegal and nothing has changed. Else commit_pending falls when the engine has taken over all of it, in one "
         "cycle. Segments are committed before the first token.",
         "",
         *(
