@@ -762,8 +762,9 @@ def markdown(config: EngineConfig) -> str:
         "",
         "To configure: write CONTROL, THRESHOLD (and those of farther layers, where there are "
         "any), PREDICTORS, QUOTA and SEGMENT_*, as far as they change, write 1 to COMMIT, read "
-        "STATUS. commit_refused: the set was illegal and nothing has changed. Else commit_pending falls when the engine has taken over all of it, in one "
-        "cycle. Segments are committed before the first token.",
+        "STATUS. commit_refused: the set was illegal and nothing has changed. Else "
+        "commit_pending falls when the engine has taken over all of it, in one cycle. Segments "
+        "are committed before the first token.",
         "",
         *(
             ()
