@@ -92,8 +92,8 @@ def test_the_table_tells_what_does_not_fit_from_what_is_not_measured():
     assert f"| {TINY['fmax_mhz']} | 1,234 | 5 | 6 (does not fit) |" in over
 
 
-# Of folder 1, seeds end at 93, 93, 98 and nowhere (93.4 without an aim); the others nowhere. Of
-# folder 2 the placer expects 75 MHz.
+# No seed ends at 102 MHz, the first not at 98 either, and even ones only without an aim: at 93.4.
+# Of folder 2 the placer expects 75 MHz.
 ROUTES_FOR_EVER = """#!/bin/sh
 case "$*" in
 *--version*) echo 'nextpnr-ecp5 -- version 1'; exit ;;
@@ -103,8 +103,8 @@ case "$PWD" in
 *2) echo "Info: Max frequency for clock 'clk': 75.00 MHz (FAIL at 100.00 MHz)" ;;
 *) echo "Info: Max frequency for clock 'clk': 99.00 MHz (FAIL at 100.00 MHz)" ;;
 esac
-case "$PWD $*" in
-*"--seed 1 "*"--freq 98 "* | *"--freq 102 "* | *"--seed "[2456]" "*--tmg-ripup)
+case "$*" in
+*"--seed 1 "*"--freq 98 "* | *"--freq 102 "* | *"--seed "[246]" "*--tmg-ripup)
    while echo 'Info:     iter=1 overused=0 tmgfail=3'; do :; done ;;
 *) while [ "$1" != --report ]; do shift; done
    echo 'Info:     iter=1 overused=0 tmgfail=0'
