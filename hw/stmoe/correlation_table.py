@@ -8,16 +8,35 @@ from amaranth.lib import data, memory, wiring
 from amaranth.lib.wiring import In, Out
 
 from .learner import DELTA_BITS, RowUpdate
-from .synthesis import ANY_ON_COLLISION, IN_BLOCK_RAM
+from .synthesis import ANY_ON_COLLISION, GROUPS, IN_BLOCK_RAM, group_register
 
-__all__ = ["CorrelationTable"]
+__all__ = ["CorrelationTable", "lanes_of_banks"]
 
 WIDE = 256
 """Bits of a row from which on it is kept in block RAM, however few rows there are."""
 
+BANK_LANES = 18
+"""A bank of several has so many lanes, or a multiple: at 8 bits each they leave no bit unused in
+block RAMs of 9, 18, 36 or 72."""
+
+
+def lanes_of_banks(lanes: int) -> list[int]:
+    """How many of a table's lanes each of its memories holds.
+
+    All in one up to twice :data:`BANK_LANES`: a register can be near to all the block RAMs that it
+    addresses then. Otherwise at most :data:`GROUPS` banks, all as wide but the last.
+    """
+    if lanes <= 2 * BANK_LANES:
+        return [lanes]
+    each = -(-lanes // (GROUPS * BANK_LANES)) * BANK_LANES
+    return [min(each, lanes - first) for first in range(0, lanes, each)]
+
 
 class CorrelationTable(wiring.Component):
     """Rows of signed saturating weights in block RAM, one read and one write port.
+
+    A wide row lies in several banks side by side (:func:`lanes_of_banks`), which do the same at
+    the same time, each by registers of its own: their wires are shorter.
 
     A row presented in cycle t is at ``weights`` in cycle t+2: a register takes what the block RAM
     is slow to give. With ``learn`` in cycle t+1 the ``delta`` of that cycle is added to it, and
@@ -39,7 +58,7 @@ class CorrelationTable(wiring.Component):
     Members
     -------
     row : In
-        Index of the row that is read.
+        Index of the row that is read, once for each bank.
     learn : In
         The row presented one cycle before is corrected.
     delta : In
@@ -58,10 +77,12 @@ class CorrelationTable(wiring.Component):
             raise ValueError(f"rows must be 1 or more, not {rows!r}")
         self.rows, self.lanes, self.width = rows, lanes, width
         self.update = RowUpdate(lanes=lanes, width=width)
+        self.banks = lanes_of_banks(lanes)
+        self.row_bits = max(1, (rows - 1).bit_length())
         weights = data.ArrayLayout(signed(width), lanes)
         super().__init__(
             {
-                "row": In(range(max(2, rows))),
+                "row": In(self.row_bits * len(self.banks)),
                 "learn": In(1),
                 "delta": In(data.ArrayLayout(signed(DELTA_BITS), lanes)),
                 "blank": In(lanes),
@@ -75,54 +96,67 @@ class CorrelationTable(wiring.Component):
         m = Module()
         m.submodules.update = update = self.update
         wide = self.weights.shape().size >= WIDE
-        m.submodules.memory = ram = memory.Memory(
-            # One number for each row: elaborating an initial value lane by lane takes minutes for
-            # a large model.
-            shape=unsigned(self.weights.shape().size),
-            depth=max(2, self.rows),
-            init=[],
-            # A wide row goes to block RAM even if there are few: the address of LUT RAM goes to
-            # every bit.
-            attrs=ANY_ON_COLLISION | (IN_BLOCK_RAM if wide else {}),
-        )
-        read, write = ram.read_port(), ram.write_port()
+        # One number for each row: elaborating an initial value lane by lane takes minutes for a
+        # large model. A wide row goes to block RAM even if there are few: the address of LUT RAM
+        # goes to every bit.
+        attrs = ANY_ON_COLLISION | (IN_BLOCK_RAM if wide else {})
+        reads, writes, write_rows, write_enables = [], [], [], []
+        for n, lanes in enumerate(self.banks):
+            suffix = f"_{n}" if n else ""
+            m.submodules[f"memory{suffix}"] = ram = memory.Memory(
+                shape=unsigned(lanes * self.width), depth=max(2, self.rows), init=[], attrs=attrs
+            )
+            read, write = ram.read_port(), ram.write_port()
+            reads.append(read)
+            writes.append(write)
+            write_rows.append(group_register(self.row_bits, n, f"row_4{suffix}"))
+            write_enables.append(group_register(1, n, f"writes{suffix}"))
 
         delta = Signal(self.delta.shape())
         learn = Signal(2)  # of the rows presented 2 and 3 cycles before
-        rows = [Signal.like(self.row, name=f"row_{n}") for n in range(1, 5)]
-        row_write, settled = rows[-1], Signal(3)
-        writes = Signal()
+        row = self.row[: self.row_bits]
+        rows = [Signal(self.row_bits, name=f"row_{n}") for n in range(1, 4)]
+        settled = Signal(3)
         m.d.comb += [
-            read.addr.eq(self.row),
-            read.en.eq(1),
+            Cat(read.addr for read in reads).eq(self.row),
+            *(read.en.eq(1) for read in reads),
             update.i.eq(self.weights),
             update.delta.eq(delta),
             self.learnt.eq(update.o),
-            write.addr.eq(row_write),
-            write.data.eq(update.o),
-            write.en.eq(writes),
+            Cat(write.addr for write in writes).eq(Cat(write_rows)),
+            Cat(write.data for write in writes).eq(update.o),
+            Cat(write.en for write in writes).eq(Cat(write_enables)),
         ]
         m.d.sync += [
             learn.eq(Cat(self.learn, learn)),
-            writes.eq(learn[-1]),
-            *(after.eq(before) for before, after in zip([self.row, *rows], rows, strict=False)),
+            *(enable.eq(learn[-1]) for enable in write_enables),
+            *(after.eq(before) for before, after in zip([row, *rows], rows, strict=False)),
+            *(written.eq(rows[-1]) for written in write_rows),
         ]
         with m.If(self.learn):
             m.d.sync += delta.eq(self.delta)
         with m.Else():
             m.d.sync += delta.as_value().eq(0)
+        row_read = Cat(read.data for read in reads)
         for lane in range(self.lanes):
             with m.If(self.blank[lane]):
                 m.d.sync += self.weights[lane].eq(0)
             with m.Else():
                 m.d.sync += self.weights[lane].eq(
-                    read.data.word_select(lane, self.width).as_signed()
+                    row_read.word_select(lane, self.width).as_signed()
                 )
         with m.If(~self.clear_done):
             # Zeros, which are through the update when the first row is cleared.
-            m.d.sync += [settled.eq(Cat(1, settled)), row_write.eq(0), writes.eq(1)]
+            m.d.sync += [
+                settled.eq(Cat(1, settled)),
+                *(written.eq(0) for written in write_rows),
+                *(enable.eq(1) for enable in write_enables),
+            ]
             with m.If(settled[-1]):
-                m.d.sync += row_write.eq(row_write + 1)
-                with m.If(row_write == self.rows - 1):
-                    m.d.sync += [self.clear_done.eq(1), writes.eq(0)]
+                m.d.sync += [written.eq(written + 1) for written in write_rows]
+                with m.If(write_rows[0] == self.rows - 1):
+                    m.d.sync += [
+                        self.clear_done.eq(1),
+                        *(enable.eq(0) for enable in write_enables),
+                    ]
         return m

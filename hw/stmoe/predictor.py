@@ -18,7 +18,7 @@ from .learner import Learner, use_layout
 from .payloads import selection_layout
 from .score_memory import ScoreMemory, score_layout
 from .selector import Selector
-from .synthesis import GROUPS, group_copies, group_enables, group_of
+from .synthesis import GROUPS, group_copies, group_enables, group_of, group_register
 from .table_reader import TableReader, table_index_layout
 
 __all__ = ["Predictor", "route_layout", "token_layout"]
@@ -417,11 +417,19 @@ class Predictor(wiring.Component):
         known = [history.previous_known, *history.recent_known]
         for d, (table, row_sum) in enumerate(zip(tables, sums, strict=True)):
             learn_lane = Signal(eb, name=f"learn_lane_{d}")
-            lane = Signal(eb, name=f"lane_{d}")
-            row_layer = Signal(c.layer_bits, name=f"row_layer_{d}")
+            # The same for each of the table's banks.
+            row_lanes, row_layers = [], []
+            for n in range(len(table.banks)):
+                suffix = f"{d}_{n}" if n else f"{d}"
+                row_lanes.append(group_register(eb, n, f"lane_{suffix}"))
+                row_layers.append(group_register(c.layer_bits, n, f"row_layer_{suffix}"))
+            lane = row_lanes[0]
+            fold = [row_fold] if folded else []
             m.d.comb += [
                 learn_lane.eq(Array(others[d][r] for r in range(top_k))[rank]),
-                table.row.eq(Cat(row_fold, lane, row_layer) if folded else Cat(lane, row_layer)),
+                table.row.eq(
+                    Cat(Cat(*fold, *parts) for parts in zip(row_lanes, row_layers, strict=True))
+                ),
                 table.delta.eq(delta),
             ]
             if folded:
@@ -439,15 +447,20 @@ class Predictor(wiring.Component):
                     row_sum.load.eq(Cat(group_copies(m, loads[2 if d else 4], f"load_sum_{d}"))),
                     row_sum.add.eq(Cat(group_copies(m, adds[3 if d else 5], f"add_sum_{d}"))),
                 ]
-            m.d.sync += [
-                # Between events it is the row that software reads.
-                lane.eq(
-                    Mux(learn_pass, learn_lane, Mux(look_pass, look_lane, self.read_index.expert))
-                ),
-                row_layer.eq(
-                    Mux(learn_pass, layer, Mux(look_pass, target[d], self.read_index.layer))
-                ),
-            ]
+            for row_lane, row_layer in zip(row_lanes, row_layers, strict=True):
+                m.d.sync += [
+                    # Between events it is the row that software reads.
+                    row_lane.eq(
+                        Mux(
+                            learn_pass,
+                            learn_lane,
+                            Mux(look_pass, look_lane, self.read_index.expert),
+                        )
+                    ),
+                    row_layer.eq(
+                        Mux(learn_pass, layer, Mux(look_pass, target[d], self.read_index.layer))
+                    ),
+                ]
             corrected = Signal(name=f"corrected_{d}")
             if folded:
                 # The sum of a disabled kind stays 0 because nothing is added.
@@ -588,13 +601,13 @@ class Predictor(wiring.Component):
                 scores.use_fold.eq(fetched_fold[1]),
                 scores.write_use.eq(uses[1]),
                 self.victim_wait.eq(fresh & ~last_fold),
-                bias.row.eq(Cat(bias_fold, bias_layer)),
+                bias.row.eq(Cat(bias_fold, bias_layer).replicate(len(bias.banks))),
             ]
         else:
             m.d.comb += [
                 learner.enable.eq(group_enables(m, freshly[0], "grades")),
                 scores.write_use.eq(last[1] & is_route),
-                bias.row.eq(bias_layer),
+                bias.row.eq(bias_layer.replicate(len(bias.banks))),
             ]
         # The second pass needs the sets and the layer of this event. Where it may outlast the
         # commit (which ends A + 7 cycles after the first pass at the earliest, 9 if A < 2), they
