@@ -14,22 +14,22 @@ from cocotb.clock import Clock
 from cocotb.triggers import FallingEdge, RisingEdge
 
 from simulation import run_bench, seeds
-from stmoe.correlation_table import CorrelationTable, lanes_of_banks
+from stmoe.correlation_table import CorrelationTable, lanes_of_memories
 from stmoe.learner import DELTA_BITS
 from stmoe_golden.predictor import clip
 
 # Narrow weights, so that they reach both ends.
 ROWS, WIDTH = 6, 4
 LANES = int(os.environ.get("LANES", "3"))
-BANKS = len(lanes_of_banks(LANES))
+MEMORIES = len(lanes_of_memories(LANES))
 
 
-@pytest.mark.parametrize(("lanes", "banks"), [(3, 1), (64, 4)])
-def test_rows_learn_as_in_golden(lanes: int, banks: int) -> None:
-    assert len(lanes_of_banks(lanes)) == banks
+@pytest.mark.parametrize(("lanes", "memories"), [(3, 1), (64, 4)])
+def test_rows_learn_as_in_golden(lanes: int, memories: int) -> None:
+    assert len(lanes_of_memories(lanes)) == memories
     run_bench(
         CorrelationTable(rows=ROWS, lanes=lanes, width=WIDTH),
-        f"correlation_table_{banks}",
+        f"correlation_table_{memories}",
         Path(__file__).stem,
         env={"SEEDS": json.dumps(seeds()), "LANES": str(lanes)},
         build_args=["-CFLAGS", "-O0"],  # the build takes longer than the run
@@ -37,12 +37,12 @@ def test_rows_learn_as_in_golden(lanes: int, banks: int) -> None:
 
 
 @pytest.mark.parametrize("lanes", [1, 36, 37, 54, 64, 73, 128, 500])
-def test_banks_hold_every_lane(lanes: int) -> None:
-    banks = lanes_of_banks(lanes)
-    assert sum(banks) == lanes
-    assert len(banks) <= 4  # the kinds of register that synthesis keeps apart
-    assert min(banks) > 0 and len(set(banks[:-1])) <= 1
-    assert (len(banks) == 1) == (lanes <= 36)
+def test_memories_hold_every_lane(lanes: int) -> None:
+    memories = lanes_of_memories(lanes)
+    assert sum(memories) == lanes
+    assert len(memories) <= 4  # the kinds of register that synthesis keeps apart
+    assert min(memories) > 0 and len(set(memories[:-1])) <= 1
+    assert (len(memories) == 1) == (lanes <= 36)
 
 
 @pytest.mark.filterwarnings("ignore::amaranth.hdl.UnusedElaboratable")
@@ -81,7 +81,7 @@ async def rows_learn_as_in_golden(dut) -> None:
         dut.rst.value = 0
         for _ in range(ROWS + 4):
             await FallingEdge(dut.clk)
-            dut.row.value = packed([rng.randrange(ROWS)] * BANKS, ROW_BITS)
+            dut.row.value = packed([rng.randrange(ROWS)] * MEMORIES, ROW_BITS)
             dut.delta.value = rng.getrandbits(DELTA_BITS * LANES)
             clear = int(dut.clear_done.value)
             if clear:
@@ -106,7 +106,7 @@ async def rows_learn_as_in_golden(dut) -> None:
             delta = [rng.randint(0, 3) * b if rng.random() < 0.8 else rng.randint(-3, 3)
                      for b in bias]  # fmt: skip
             shown = [(row, learn, blank), *shown[:5]]
-            dut.row.value = packed([row] * BANKS, ROW_BITS)
+            dut.row.value = packed([row] * MEMORIES, ROW_BITS)
             # What belongs to the row of one cycle before.
             dut.learn.value = int(bool(shown[1]) and shown[1][1])
             dut.blank.value = shown[1][2] if shown[1] else 0

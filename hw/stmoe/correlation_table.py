@@ -10,33 +10,33 @@ from amaranth.lib.wiring import In, Out
 from .learner import DELTA_BITS, RowUpdate
 from .synthesis import ANY_ON_COLLISION, GROUPS, IN_BLOCK_RAM, group_register
 
-__all__ = ["CorrelationTable", "lanes_of_banks"]
+__all__ = ["CorrelationTable", "lanes_of_memories"]
 
 WIDE = 256
 """Bits of a row from which on it is kept in block RAM, however few rows there are."""
 
-BANK_LANES = 18
-"""A bank of several has so many lanes, or a multiple: at 8 bits each they leave no bit unused in
+MEMORY_LANES = 18
+"""A memory of several has so many lanes, or a multiple: at 8 bits each they leave no bit unused in
 block RAMs of 9, 18, 36 or 72."""
 
 
-def lanes_of_banks(lanes: int) -> list[int]:
+def lanes_of_memories(lanes: int) -> list[int]:
     """How many of a table's lanes each of its memories holds.
 
-    All in one up to twice :data:`BANK_LANES`: a register can be near to all the block RAMs that it
-    addresses then. Otherwise at most :data:`GROUPS` banks, all as wide but the last.
+    All in one up to twice :data:`MEMORY_LANES`, so few block RAMs that the register of their
+    address can be near to all. Otherwise at most :data:`GROUPS` memories, all as wide but the last.
     """
-    if lanes <= 2 * BANK_LANES:
+    if lanes <= 2 * MEMORY_LANES:
         return [lanes]
-    each = -(-lanes // (GROUPS * BANK_LANES)) * BANK_LANES
+    each = -(-lanes // (GROUPS * MEMORY_LANES)) * MEMORY_LANES
     return [min(each, lanes - first) for first in range(0, lanes, each)]
 
 
 class CorrelationTable(wiring.Component):
     """Rows of signed saturating weights in block RAM, one read and one write port.
 
-    A wide row lies in several banks side by side (:func:`lanes_of_banks`), which do the same at
-    the same time, each by registers of its own: their wires are shorter.
+    A wide row lies in several memories side by side (:func:`lanes_of_memories`), which do the same
+    at the same time, each by registers of its own: their wires are shorter.
 
     A row presented in cycle t is at ``weights`` in cycle t+2: a register takes what the block RAM
     is slow to give. With ``learn`` in cycle t+1 the ``delta`` of that cycle is added to it, and
@@ -58,7 +58,7 @@ class CorrelationTable(wiring.Component):
     Members
     -------
     row : In
-        Index of the row that is read, once for each bank.
+        Index of the row that is read, once for each memory.
     learn : In
         The row presented one cycle before is corrected.
     delta : In
@@ -77,12 +77,12 @@ class CorrelationTable(wiring.Component):
             raise ValueError(f"rows must be 1 or more, not {rows!r}")
         self.rows, self.lanes, self.width = rows, lanes, width
         self.update = RowUpdate(lanes=lanes, width=width)
-        self.banks = lanes_of_banks(lanes)
+        self.memories = lanes_of_memories(lanes)
         self.row_bits = max(1, (rows - 1).bit_length())
         weights = data.ArrayLayout(signed(width), lanes)
         super().__init__(
             {
-                "row": In(self.row_bits * len(self.banks)),
+                "row": In(self.row_bits * len(self.memories)),
                 "learn": In(1),
                 "delta": In(data.ArrayLayout(signed(DELTA_BITS), lanes)),
                 "blank": In(lanes),
@@ -101,7 +101,7 @@ class CorrelationTable(wiring.Component):
         # goes to every bit.
         attrs = ANY_ON_COLLISION | (IN_BLOCK_RAM if wide else {})
         reads, writes, write_rows, write_enables = [], [], [], []
-        for n, lanes in enumerate(self.banks):
+        for n, lanes in enumerate(self.memories):
             suffix = f"_{n}" if n else ""
             m.submodules[f"memory{suffix}"] = ram = memory.Memory(
                 shape=unsigned(lanes * self.width), depth=max(2, self.rows), init=[], attrs=attrs

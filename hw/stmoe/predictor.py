@@ -417,9 +417,9 @@ class Predictor(wiring.Component):
         known = [history.previous_known, *history.recent_known]
         for d, (table, row_sum) in enumerate(zip(tables, sums, strict=True)):
             learn_lane = Signal(eb, name=f"learn_lane_{d}")
-            # The same for each of the table's banks.
+            # The same for each of the table's memories.
             row_lanes, row_layers = [], []
-            for n in range(len(table.banks)):
+            for n in range(len(table.memories)):
                 suffix = f"{d}_{n}" if n else f"{d}"
                 row_lanes.append(group_register(eb, n, f"lane_{suffix}"))
                 row_layers.append(group_register(c.layer_bits, n, f"row_layer_{suffix}"))
@@ -601,13 +601,13 @@ class Predictor(wiring.Component):
                 scores.use_fold.eq(fetched_fold[1]),
                 scores.write_use.eq(uses[1]),
                 self.victim_wait.eq(fresh & ~last_fold),
-                bias.row.eq(Cat(bias_fold, bias_layer).replicate(len(bias.banks))),
+                bias.row.eq(Cat(bias_fold, bias_layer).replicate(len(bias.memories))),
             ]
         else:
             m.d.comb += [
                 learner.enable.eq(group_enables(m, freshly[0], "grades")),
                 scores.write_use.eq(last[1] & is_route),
-                bias.row.eq(bias_layer.replicate(len(bias.banks))),
+                bias.row.eq(bias_layer.replicate(len(bias.memories))),
             ]
         # The second pass needs the sets and the layer of this event. Where it may outlast the
         # commit (which ends A + 7 cycles after the first pass at the earliest, 9 if A < 2), they
