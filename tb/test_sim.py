@@ -89,8 +89,10 @@ def test_tiny_preset_agrees_with_golden(seed):
             max_burst=16,
             prefetch_outstanding=1,
         ),
+        # Wide enough for tables of several memories.
+        EngineConfig(num_layers=4, num_experts=40, top_k=3, quota=3, expert_bytes=256),
     ],
-    ids=["least_slots", "one_layer", "saturating_weights"],
+    ids=["least_slots", "one_layer", "saturating_weights", "wide_rows"],
 )
 def test_odd_shapes_agree_with_golden(config):
     for seed in (0, 3):

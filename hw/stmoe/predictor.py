@@ -509,7 +509,11 @@ class Predictor(wiring.Component):
 
         # Score rows, one a cycle: read, added to, written ---------------------------------------
         fetch_layer = Signal(c.layer_bits)
-        bias_layer = Signal(c.layer_bits)
+        # The same for each of the bias table's memories.
+        bias_layers = [
+            group_register(c.layer_bits, n, f"bias_layer_{n}" if n else "bias_layer")
+            for n in range(len(bias.memories))
+        ]
         bias_fold = Signal(c.fold_bits)
         # Where the FSM is, from registers of their own: in REQUEST; in one of BIAS; in COMMIT.
         requesting, in_bias, fetching = Signal(), Signal(), Signal()
@@ -601,13 +605,13 @@ class Predictor(wiring.Component):
                 scores.use_fold.eq(fetched_fold[1]),
                 scores.write_use.eq(uses[1]),
                 self.victim_wait.eq(fresh & ~last_fold),
-                bias.row.eq(Cat(bias_fold, bias_layer).replicate(len(bias.memories))),
+                bias.row.eq(Cat(Cat(bias_fold, b) for b in bias_layers)),
             ]
         else:
             m.d.comb += [
                 learner.enable.eq(group_enables(m, freshly[0], "grades")),
                 scores.write_use.eq(last[1] & is_route),
-                bias.row.eq(bias_layer.replicate(len(bias.memories))),
+                bias.row.eq(Cat(bias_layers)),
             ]
         # The second pass needs the sets and the layer of this event. Where it may outlast the
         # commit (which ends A + 7 cycles after the first pass at the earliest, 9 if A < 2), they
@@ -736,12 +740,13 @@ class Predictor(wiring.Component):
             last_bias = bias_fold == c.folds - 1
             m.d.sync += [
                 bias_fold.eq(Mux(last_bias, 0, bias_fold + 1)),
-                bias_layer.eq(bias_layer + (sequence & last_bias)),
+                *(b.eq(b + (sequence & last_bias)) for b in bias_layers),
             ]
 
         with m.FSM():
             with m.State("IDLE"):
                 route = self.route.payload
+                idle_layer = Mux(taken, layer, self.read_index.layer)
                 m.d.comb += taken.eq(clear_done & (self.token.valid | self.route.valid))
                 m.d.sync += [
                     *(set_[r].eq(route.experts[r]) for r in range(top_k)),
@@ -752,7 +757,7 @@ class Predictor(wiring.Component):
                     step.eq(0),
                     rows_left.eq(ahead),
                     fetch_layer.eq(layer),
-                    bias_layer.eq(Mux(taken, layer, self.read_index.layer)),
+                    *(b.eq(idle_layer) for b in bias_layers),
                     *([bias_fold.eq(Mux(taken, 0, read_fold))] if folded else []),
                     self.select_layer.eq(target[1] if ahead else following(layer)),
                     *([distance.eq(0)] if c.look > 1 else []),
@@ -775,7 +780,7 @@ class Predictor(wiring.Component):
                         sequence.eq(self.token.valid & self.token.payload.new_sequence),
                     ]
                     with m.If(self.token.valid):
-                        m.d.sync += bias_layer.eq(0)
+                        m.d.sync += [b.eq(0) for b in bias_layers]
                         request()
                     with m.Else():
                         m.next = "LOOK"
@@ -815,7 +820,7 @@ class Predictor(wiring.Component):
                     if folded:
                         next_bias()
                     else:
-                        m.d.sync += bias_layer.eq(bias_layer + 1)
+                        m.d.sync += [b.eq(b + 1) for b in bias_layers]
                     if n == 1:
                         m.d.sync += in_bias.eq(1)
                         m.next = "BIAS-2"
@@ -829,7 +834,7 @@ class Predictor(wiring.Component):
                     with m.If(last_fold):
                         next_row()
                 else:
-                    m.d.sync += bias_layer.eq(Mux(sequence, bias_layer + 1, bias_layer))
+                    m.d.sync += [b.eq(Mux(sequence, b + 1, b)) for b in bias_layers]
                     next_row()
             with m.State("WRITE"):
                 with m.If(finish):
