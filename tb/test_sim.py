@@ -89,8 +89,8 @@ def test_tiny_preset_agrees_with_golden(seed):
             max_burst=16,
             prefetch_outstanding=1,
         ),
-        # Wide enough for tables of several memories.
-        EngineConfig(num_layers=4, num_experts=40, top_k=3, quota=3, expert_bytes=256),
+        # Wide enough for tables of several memories, and states looked up in two passes.
+        EngineConfig(num_layers=4, num_experts=40, top_k=7, quota=4, expert_bytes=256),
     ],
     ids=["least_slots", "one_layer", "saturating_weights", "wide_rows"],
 )

@@ -37,7 +37,7 @@ from stmoe.payloads import (
     token_layout,
 )
 from stmoe.register_map import COUNTERS
-from stmoe.slot_manager import SlotManager, record_layout
+from stmoe.slot_manager import SlotManager, look_up_passes, record_layout
 from stmoe_golden.buffer import Lane
 from stmoe_golden.checker import Checker, Kind, Record, Settings
 from stmoe_golden.config import USE_BITS, EngineConfig
@@ -62,6 +62,10 @@ CONFIGS = {
     "ahead": EngineConfig(
         num_layers=4, num_experts=6, lookahead=3, quota=1, staging=3, select_max=3,
         expert_bytes=16, gate_window=4, threshold=-7, threshold_2=20, threshold_3=-3,
+    ),
+    # The states of a route's experts are looked up one a cycle, in three.
+    "look_ups": EngineConfig(
+        num_layers=2, num_experts=129, top_k=3, quota=3, staging=3, expert_bytes=16, gate_window=4
     ),
 }  # fmt: skip
 
@@ -104,6 +108,17 @@ def run(name: str, testcase: str, count: int = 10) -> None:
         testcase=testcase,
         env={"CONFIG": name, "SEEDS": json.dumps(seeds(count))},
     )
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "passes"),
+    [(8, 2, 1), (32, 4, 1), (64, 4, 1), (64, 6, 2), (64, 8, 2), (128, 8, 4), (129, 3, 3)]
+    + [(256, 16, 16), (1, 1, 1)],
+)
+def test_no_cycle_looks_up_more_than_256_states(experts: int, top_k: int, passes: int) -> None:
+    config = EngineConfig(num_layers=1, num_experts=experts, top_k=top_k, quota=1)
+    assert look_up_passes(config) == passes
+    assert -(-top_k // passes) * experts <= 256
 
 
 @pytest.mark.parametrize("name", CONFIGS)

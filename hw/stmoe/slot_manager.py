@@ -29,7 +29,7 @@ from .prefetch_queue import PrefetchQueue
 from .register_map import COUNTERS
 from .victim_chooser import VictimChooser
 
-__all__ = ["SlotManager", "record_layout"]
+__all__ = ["SlotManager", "look_up_passes", "record_layout"]
 
 
 def record_layout(config: EngineConfig) -> data.StructLayout:
@@ -78,6 +78,16 @@ class Operation(enum.Enum, shape=4):
     """A selected expert is given a slot."""
 
 
+LOOK_UP = 256
+"""Of so many pairs of a rank and an expert the state is found in one cycle. Each is wires in one
+small place: with 512 pairs nextpnr did not route every placement on an ECP5."""
+
+
+def look_up_passes(config: EngineConfig) -> int:
+    """Cycles in which the states of a route's experts are looked up, equally many in each."""
+    return -(-config.top_k // min(config.top_k, LOOK_UP // config.num_experts))
+
+
 def _plus_one(value: Value) -> Value:
     """``value + 1`` without a carry chain, which takes longer for so few bits."""
     return Cat(~value[0], *(value[i] ^ value[:i].all() for i in range(1, len(value))))
@@ -88,7 +98,8 @@ class SlotManager(wiring.Component):
 
     One operation at a time; each samples its inputs and commits before the next begins. When idle
     the first :class:`Operation` that is possible is chosen in one cycle and begun in the next; a
-    victim search belongs to the operation that began it.
+    victim search belongs to the operation that began it. A route is taken in the cycle after it was
+    begun, or :func:`look_up_passes` after where those are more than one.
 
     Latency, in cycles from the one in which ``route`` is taken: a resident expert's grant is valid
     4 later; the load of the first missing expert is handed to the DMA scheduler 1 later when a
@@ -361,8 +372,10 @@ class SlotManager(wiring.Component):
         legal, is_last = Signal(), Signal()
         event_next = Signal(experts)
         event_lanes = Signal(data.ArrayLayout(unsigned(eb), top_k))
+        passes = look_up_passes(c)
+        ranks = -(-top_k // passes)
         event_hot = [
-            Signal(experts, name=f"event_hot_{rank}", reset_less=True) for rank in range(top_k)
+            Signal(experts, name=f"event_hot_{rank}", reset_less=True) for rank in range(ranks)
         ]
         # Whatever is on the port is judged in every cycle: looked at in ROUTE alone.
         m.d.sync += [
@@ -375,7 +388,7 @@ class SlotManager(wiring.Component):
             is_last.eq(route.layer == layers - 1),
             event_next.eq(route_set),
             *(event_lanes[rank].eq(route.experts[rank]) for rank in range(top_k)),
-            *(event_hot[rank].eq(1 << route.experts[rank][:eb]) for rank in range(top_k)),
+            *(event_hot[rank].eq(1 << route.experts[rank][:eb]) for rank in range(ranks)),
         ]
 
         # The row port serves one reader at a time. Its address is known a cycle ahead: from a
@@ -446,6 +459,9 @@ class SlotManager(wiring.Component):
             "CANCEL-READ": in_cancel_read,
             "DISPROVED": in_disproved,
         }
+        # Where the states of a route's experts are looked up in several cycles, the last in ROUTE.
+        for n in range(passes - 1):
+            bit_of[f"LOOK-UP-{n}"] = Signal(name=f"in_look_up_{n}")
         m.d.sync += [bit.eq(0) for bit in (*bit_of.values(), seeking, granting, judging, flushing)]
 
         def enter(state):
@@ -808,6 +824,14 @@ class SlotManager(wiring.Component):
             may_commit = self.register_request & (~self.relocates | at_rest)
             may_load = ~(self.register_request & self.relocates) | timed_out
 
+        # Of the ranks that are looked up in this cycle; of all, in ROUTE.
+        looked_up = [Signal(LaneState, name=f"route_state_{rank}") for rank in range(ranks)]
+        last_ranks = looked_up[: top_k - (passes - 1) * ranks]
+        route_states = [
+            *(Signal(LaneState, name=f"looked_up_{n}") for n in range(top_k - len(last_ranks))),
+            *last_ranks,
+        ]
+
         with m.FSM(init="CLEAR") as fsm:
             # What is read is told by as little as possible, not by which operation comes next: in
             # BEGIN whatever may be wanted then, during a search and START the victim's.
@@ -989,9 +1013,9 @@ class SlotManager(wiring.Component):
                         m.d.sync += [
                             # A legal one is of this layer: the DMA scheduler reads its segments.
                             op_layer.eq(expected_layer),
-                            route_judged.eq(1),
+                            route_judged.eq(passes == 1),
                         ]
-                        enter("ROUTE")
+                        enter("LOOK-UP-0" if passes > 1 else "ROUTE")
 
             with m.State("SEARCH"):
                 # The victim's slot: read for what the chooser is about to answer.
@@ -1235,6 +1259,25 @@ class SlotManager(wiring.Component):
                     with m.If(sweep == walk_length + 1):
                         m.next = "IDLE"
 
+            for n in range(passes - 1):
+                # The row is here, and stays: nothing else wants one before ROUTE.
+                with m.State(f"LOOK-UP-{n}"):
+                    m.d.sync += [
+                        hot.eq(1 << expert[:eb])
+                        for hot, expert in zip(
+                            event_hot, list(route.experts)[(n + 1) * ranks :], strict=False
+                        )
+                    ]
+                    m.d.sync += [
+                        known.eq(found)
+                        for known, found in zip(route_states[n * ranks :], looked_up, strict=False)
+                    ]
+                    if n + 2 < passes:
+                        enter(f"LOOK-UP-{n + 1}")
+                    else:
+                        m.d.sync += route_judged.eq(1)
+                        enter("ROUTE")
+
             with m.State("ROUTE"):
                 # The row is here and the route is judged: taken now, one way or the other.
                 m.next = "IDLE"
@@ -1375,7 +1418,6 @@ class SlotManager(wiring.Component):
             m.d.comb += table.row_write_data[e].eq(
                 Mux(in_pin & resident_taken[e], LaneState.PINNED, written_state)
             )
-        route_states = [Signal(LaneState, name=f"route_state_{rank}") for rank in range(top_k)]
         # What ROUTE and RELEASED do, as above the handshake: straight from a register.
         with m.If(in_route):
             m.d.comb += self.route.ready.eq(1)
@@ -1407,7 +1449,7 @@ class SlotManager(wiring.Component):
             # The same as that any rank's state is NONE, and less deep.
             m.d.sync += demanding.eq((event_next & absent_now).any())
         m.d.sync += row_taken.eq(table.row)
-        for rank, state in enumerate(route_states):
+        for rank, state in enumerate(looked_up):
             # The lane's bit is known a cycle ahead: less deep than a multiplexer.
             m.d.comb += Value.cast(state).eq(
                 Cat(
@@ -1417,6 +1459,7 @@ class SlotManager(wiring.Component):
                     for bit in range(len(Value.cast(state)))
                 )
             )
+        for rank, state in enumerate(route_states):
             with m.If(in_route & legal):
                 m.d.sync += [
                     event_experts[rank].eq(event_lanes[rank]),
