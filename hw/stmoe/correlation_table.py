@@ -8,7 +8,7 @@ from amaranth.lib import data, memory, wiring
 from amaranth.lib.wiring import In, Out
 
 from .learner import DELTA_BITS, RowUpdate
-from .synthesis import ANY_ON_COLLISION, GROUPS, IN_BLOCK_RAM, group_register
+from .synthesis import ANY_ON_COLLISION, GROUPS, IN_BLOCK_RAM, group_registers
 
 __all__ = ["CorrelationTable", "lanes_of_memories"]
 
@@ -100,17 +100,16 @@ class CorrelationTable(wiring.Component):
         # large model. A wide row goes to block RAM even if there are few: the address of LUT RAM
         # goes to every bit.
         attrs = ANY_ON_COLLISION | (IN_BLOCK_RAM if wide else {})
-        reads, writes, write_rows, write_enables = [], [], [], []
+        reads, writes = [], []
         for n, lanes in enumerate(self.memories):
-            suffix = f"_{n}" if n else ""
-            m.submodules[f"memory{suffix}"] = ram = memory.Memory(
+            m.submodules[f"memory_{n}" if n else "memory"] = ram = memory.Memory(
                 shape=unsigned(lanes * self.width), depth=max(2, self.rows), init=[], attrs=attrs
             )
             read, write = ram.read_port(), ram.write_port()
             reads.append(read)
             writes.append(write)
-            write_rows.append(group_register(self.row_bits, n, f"row_4{suffix}"))
-            write_enables.append(group_register(1, n, f"writes{suffix}"))
+        write_rows = group_registers(self.row_bits, len(self.memories), "row_4")
+        write_enables = group_registers(1, len(self.memories), "writes")
 
         delta = Signal(self.delta.shape())
         learn = Signal(2)  # of the rows presented 2 and 3 cycles before

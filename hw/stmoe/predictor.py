@@ -18,7 +18,7 @@ from .learner import Learner, use_layout
 from .payloads import selection_layout
 from .score_memory import ScoreMemory, score_layout
 from .selector import Selector
-from .synthesis import GROUPS, group_copies, group_enables, group_of, group_register
+from .synthesis import GROUPS, group_copies, group_enables, group_of, group_registers
 from .table_reader import TableReader, table_index_layout
 
 __all__ = ["Predictor", "route_layout", "token_layout"]
@@ -418,11 +418,8 @@ class Predictor(wiring.Component):
         for d, (table, row_sum) in enumerate(zip(tables, sums, strict=True)):
             learn_lane = Signal(eb, name=f"learn_lane_{d}")
             # The same for each of the table's memories.
-            row_lanes, row_layers = [], []
-            for n in range(len(table.memories)):
-                suffix = f"{d}_{n}" if n else f"{d}"
-                row_lanes.append(group_register(eb, n, f"lane_{suffix}"))
-                row_layers.append(group_register(c.layer_bits, n, f"row_layer_{suffix}"))
+            row_lanes = group_registers(eb, len(table.memories), f"lane_{d}")
+            row_layers = group_registers(c.layer_bits, len(table.memories), f"row_layer_{d}")
             lane = row_lanes[0]
             fold = [row_fold] if folded else []
             m.d.comb += [
@@ -510,10 +507,7 @@ class Predictor(wiring.Component):
         # Score rows, one a cycle: read, added to, written ---------------------------------------
         fetch_layer = Signal(c.layer_bits)
         # The same for each of the bias table's memories.
-        bias_layers = [
-            group_register(c.layer_bits, n, f"bias_layer_{n}" if n else "bias_layer")
-            for n in range(len(bias.memories))
-        ]
+        bias_layers = group_registers(c.layer_bits, len(bias.memories), "bias_layer")
         bias_fold = Signal(c.fold_bits)
         # Where the FSM is, from registers of their own: in REQUEST; in one of BIAS; in COMMIT.
         requesting, in_bias, fetching = Signal(), Signal(), Signal()

@@ -98,8 +98,8 @@ class SlotManager(wiring.Component):
 
     One operation at a time; each samples its inputs and commits before the next begins. When idle
     the first :class:`Operation` that is possible is chosen in one cycle and begun in the next; a
-    victim search belongs to the operation that began it. A route is taken in the cycle after it was
-    begun, or :func:`look_up_passes` after where those are more than one.
+    victim search belongs to the operation that began it. A route is taken :func:`look_up_passes`
+    cycles after it was begun.
 
     Latency, in cycles from the one in which ``route`` is taken: a resident expert's grant is valid
     4 later; the load of the first missing expert is handed to the DMA scheduler 1 later when a

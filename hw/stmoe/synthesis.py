@@ -14,6 +14,7 @@ __all__ = [
     "group_enables",
     "group_of",
     "group_register",
+    "group_registers",
 ]
 
 ANY_ON_COLLISION = {"no_rw_check": 1}
@@ -43,6 +44,11 @@ def group_register(width: int, group: int, name: str) -> Signal:
     whether they are reset. (It merges one of them with a register outside that is as this one.)
     """
     return Signal(width, name=name, init=-(group & 1) % (1 << width), reset_less=group & 2 != 0)
+
+
+def group_registers(width: int, count: int, name: str) -> list[Signal]:
+    """A :func:`group_register` for each of ``count`` groups, which is to be given the same."""
+    return [group_register(width, n, f"{name}_{n}" if n else name) for n in range(count)]
 
 
 def group_copies(m: Module, signal: Value, name: str) -> list[Signal]:
