@@ -78,14 +78,20 @@ class Operation(enum.Enum, shape=4):
     """A selected expert is given a slot."""
 
 
-LOOK_UP = 256
-"""Of so many pairs of a rank and an expert the state is found in one cycle. Each is wires in one
-small place: with 512 pairs nextpnr did not route every placement on an ECP5."""
+LOOK_UP, DEEP_LOOK_UP = 256, 128
+"""Of so many pairs of a rank and an expert the state is found in one cycle; each is wires in one
+small place. The first where there are up to 16 layers: a row comes straight from LUT RAM. That of
+more comes from several, with a multiplexer for each bit, in the same place: all at once up to the
+second, else one rank a cycle. With 512 pairs, and with 192 of a deep row, nextpnr did not route
+every placement on an ECP5."""
 
 
 def look_up_passes(config: EngineConfig) -> int:
     """Cycles in which the states of a route's experts are looked up, equally many in each."""
-    return -(-config.top_k // min(config.top_k, LOOK_UP // config.num_experts))
+    top_k, experts = config.top_k, config.num_experts
+    if config.num_layers <= 16:
+        return -(-top_k // min(top_k, LOOK_UP // experts))
+    return 1 if top_k * experts <= DEEP_LOOK_UP else top_k
 
 
 def _plus_one(value: Value) -> Value:
