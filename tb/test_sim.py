@@ -89,7 +89,7 @@ def test_tiny_preset_agrees_with_golden(seed):
             max_burst=16,
             prefetch_outstanding=1,
         ),
-        # Wide enough for tables of several memories, and states looked up in two passes.
+        # Wide enough for tables of several memories, and states looked up rank by rank.
         EngineConfig(num_layers=4, num_experts=40, top_k=7, quota=4, expert_bytes=256),
     ],
     ids=["least_slots", "one_layer", "saturating_weights", "wide_rows"],

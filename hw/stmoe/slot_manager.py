@@ -78,20 +78,15 @@ class Operation(enum.Enum, shape=4):
     """A selected expert is given a slot."""
 
 
-LOOK_UP, DEEP_LOOK_UP = 256, 128
-"""Of so many pairs of a rank and an expert the state is found in one cycle; each is wires in one
-small place. The first where there are up to 16 layers: a row comes straight from LUT RAM. That of
-more comes from several, with a multiplexer for each bit, in the same place: all at once up to the
-second, else one rank a cycle. With 512 pairs, and with 192 of a deep row, nextpnr did not route
-every placement on an ECP5."""
+LOOK_UP = 128
+"""Pairs of a rank and an expert up to which the states of a route's experts are looked up all at
+once. Each pair is wires in one small place: with 192 and 256 of them nextpnr did not route every
+placement on an ECP5."""
 
 
 def look_up_passes(config: EngineConfig) -> int:
-    """Cycles in which the states of a route's experts are looked up, equally many in each."""
-    top_k, experts = config.top_k, config.num_experts
-    if config.num_layers <= 16:
-        return -(-top_k // min(top_k, LOOK_UP // experts))
-    return 1 if top_k * experts <= DEEP_LOOK_UP else top_k
+    """Cycles in which the states of a route's experts are looked up: one, or one for each."""
+    return 1 if config.top_k * config.num_experts <= LOOK_UP else config.top_k
 
 
 def _plus_one(value: Value) -> Value:
@@ -379,7 +374,7 @@ class SlotManager(wiring.Component):
         event_next = Signal(experts)
         event_lanes = Signal(data.ArrayLayout(unsigned(eb), top_k))
         passes = look_up_passes(c)
-        ranks = -(-top_k // passes)
+        ranks = top_k // passes
         event_hot = [
             Signal(experts, name=f"event_hot_{rank}", reset_less=True) for rank in range(ranks)
         ]
@@ -832,10 +827,9 @@ class SlotManager(wiring.Component):
 
         # Of the ranks that are looked up in this cycle; of all, in ROUTE.
         looked_up = [Signal(LaneState, name=f"route_state_{rank}") for rank in range(ranks)]
-        last_ranks = looked_up[: top_k - (passes - 1) * ranks]
         route_states = [
-            *(Signal(LaneState, name=f"looked_up_{n}") for n in range(top_k - len(last_ranks))),
-            *last_ranks,
+            *(Signal(LaneState, name=f"looked_up_{rank}") for rank in range(top_k - ranks)),
+            *looked_up,
         ]
 
         with m.FSM(init="CLEAR") as fsm:
@@ -1269,14 +1263,8 @@ class SlotManager(wiring.Component):
                 # The row is here, and stays: nothing else wants one before ROUTE.
                 with m.State(f"LOOK-UP-{n}"):
                     m.d.sync += [
-                        hot.eq(1 << expert[:eb])
-                        for hot, expert in zip(
-                            event_hot, list(route.experts)[(n + 1) * ranks :], strict=False
-                        )
-                    ]
-                    m.d.sync += [
-                        known.eq(found)
-                        for known, found in zip(route_states[n * ranks :], looked_up, strict=False)
+                        event_hot[0].eq(1 << route.experts[n + 1][:eb]),
+                        route_states[n].eq(looked_up[0]),
                     ]
                     if n + 2 < passes:
                         enter(f"LOOK-UP-{n + 1}")
