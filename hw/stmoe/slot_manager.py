@@ -80,8 +80,8 @@ class Operation(enum.Enum, shape=4):
 
 LOOK_UP = 128
 """Pairs of a rank and an expert up to which the states of a route's experts are looked up all at
-once. Each pair is wires in one small place: with 192 and 256 of them nextpnr did not route every
-placement on an ECP5."""
+once. Each pair is wires in one small place: with 192 of them in a row of 26 layers nextpnr did not
+route the placement that was tried on an ECP5, see docs/results.md."""
 
 
 def look_up_passes(config: EngineConfig) -> int:
