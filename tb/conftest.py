@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Order of the test files when several cores share them.
+"""What all tests share: the order of their files on several cores, and one warning less.
 
 A file is one worker's, whole. Those that take longest begin first, so that none of them is what a
 single core still works on when all else is done.
@@ -7,9 +7,11 @@ single core still works on when all else is done.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
+from amaranth.hdl import UnusedElaboratable
 
 LONGEST_FIRST = (
     "test_sim",
@@ -28,6 +30,15 @@ LONGEST_FIRST = (
     "test_axi_cdc",
     "test_verilog_writer",
 )
+
+
+def pytest_configure() -> None:
+    """No warning of a component that is only read for its ports, or whose constructor refused.
+
+    The garbage collector finds it in the middle of another test or after the last: a filter of the
+    test alone would miss it.
+    """
+    warnings.filterwarnings("ignore", category=UnusedElaboratable)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

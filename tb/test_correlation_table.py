@@ -45,7 +45,6 @@ def test_memories_hold_every_lane(lanes: int) -> None:
     assert (len(memories) == 1) == (lanes <= 36)
 
 
-@pytest.mark.filterwarnings("ignore::amaranth.hdl.UnusedElaboratable")
 def test_wrong_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match="rows must be 1 or more, not 0"):
         CorrelationTable(rows=0, lanes=3, width=4)

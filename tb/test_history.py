@@ -33,7 +33,6 @@ def test_history_is_golden() -> None:
     )
 
 
-@pytest.mark.filterwarnings("ignore::amaranth.hdl.UnusedElaboratable")
 def test_wrong_parameters_are_refused() -> None:
     with pytest.raises(TypeError, match="config must be an EngineConfig, not 'tiny'"):
         History("tiny")

@@ -41,7 +41,6 @@ def test_learner_is_golden() -> None:
     )
 
 
-@pytest.mark.filterwarnings("ignore::amaranth.hdl.UnusedElaboratable")
 def test_wrong_parameters_are_refused() -> None:
     with pytest.raises(TypeError, match="config must be an EngineConfig, not None"):
         Learner(None)

@@ -84,7 +84,6 @@ def test_predictor_is_golden() -> None:
     )
 
 
-@pytest.mark.filterwarnings("ignore::amaranth.hdl.UnusedElaboratable")
 def test_wrong_parameters_are_refused() -> None:
     with pytest.raises(TypeError, match="config must be an EngineConfig, not 3"):
         Predictor(3)

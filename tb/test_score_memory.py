@@ -34,7 +34,6 @@ def test_rows_are_what_was_written_last() -> None:
     )
 
 
-@pytest.mark.filterwarnings("ignore::amaranth.hdl.UnusedElaboratable")
 def test_wrong_parameters_are_refused() -> None:
     with pytest.raises(TypeError, match="config must be an EngineConfig, not 5"):
         ScoreMemory(5)

@@ -95,7 +95,6 @@ def test_selector_is_golden() -> None:
     )
 
 
-@pytest.mark.filterwarnings("ignore::amaranth.hdl.UnusedElaboratable")
 def test_wrong_parameters_are_refused() -> None:
     with pytest.raises(TypeError, match="config must be an EngineConfig, not 3"):
         Selector(3)
