@@ -203,6 +203,8 @@ def test_a_design_whose_median_is_not_routed_does_not_fit(tmp_path, monkeypatch)
     none = {"fmax_mhz": None, "note": "does not fit: nextpnr routes fewer than 2 of 3 seeds"}
     assert ppa.measure("tiny", 1, board, (2, 4, 5)) == {**area, **none}
     assert ppa.measure("tiny", 1, board, (3, 4, 5)) == {**area, "fmax_mhz": 93.4}
+    # A check of the area, without seeds, has nothing against the committed note.
+    assert ppa.compare(ppa.measure("tiny", 1, board, ()), [{**area, **none}]) == []
 
 
 def test_a_tool_that_fails_is_named(tmp_path, monkeypatch):
